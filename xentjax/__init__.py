@@ -1,0 +1,72 @@
+"""Cross-entropy and its family for JAX: exact, small in memory, right on every device."""
+
+from xentjax._checks import label_checks
+from xentjax._information import (
+    cross_entropy,
+    entropy,
+    js_divergence,
+    kl_divergence,
+    perplexity,
+    softmax_entropy,
+    softmax_kl_divergence,
+    softmax_surprisal,
+    surprisal,
+)
+from xentjax._mixing import cutmix, mixup
+from xentjax._reduction import WeightedSum, weighted_mean, weighted_sum
+from xentjax._sigmoid import (
+    binary_cross_entropy,
+    multilabel_cross_entropy,
+    sigmoid_binary_cross_entropy,
+)
+from xentjax._softmax import (
+    SoftmaxStats,
+    softmax_cross_entropy,
+    softmax_cross_entropy_with_stats,
+)
+from xentjax._targets import (
+    SparseTargets,
+    Targets,
+    dense_targets,
+    mix_targets,
+    reweight_targets,
+    smooth_labels,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    # What the truth looks like.
+    "SparseTargets",
+    "Targets",
+    "smooth_labels",
+    "mix_targets",
+    "reweight_targets",
+    "dense_targets",
+    "mixup",
+    "cutmix",
+    # One class out of many.
+    "softmax_cross_entropy",
+    "softmax_cross_entropy_with_stats",
+    "SoftmaxStats",
+    # Yes or no, once or for each label.
+    "sigmoid_binary_cross_entropy",
+    "multilabel_cross_entropy",
+    "binary_cross_entropy",
+    # Means that stay right.
+    "weighted_mean",
+    "weighted_sum",
+    "WeightedSum",
+    # Information measures, of probabilities and of logits.
+    "surprisal",
+    "entropy",
+    "cross_entropy",
+    "kl_divergence",
+    "js_divergence",
+    "perplexity",
+    "softmax_surprisal",
+    "softmax_entropy",
+    "softmax_kl_divergence",
+    # Debugging.
+    "label_checks",
+]

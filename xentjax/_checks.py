@@ -1,0 +1,121 @@
+"""Guards on arguments, with one voice for errors: who, which argument, what was expected, what came."""
+
+import contextlib
+import contextvars
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import checkify
+
+_labels_checked = contextvars.ContextVar("labels_checked", default=False)
+
+
+def check_floating(name: str, x: jax.Array) -> None:
+    """Raises TypeError unless `x` is an array of floats."""
+    chex.assert_type(
+        x,
+        jnp.floating,
+        exception_type=TypeError,
+        custom_message=f"{name}: expected a floating-point array, got {describe(x)}",
+    )
+
+
+def check_bool(name: str, x: jax.Array) -> None:
+    """Raises TypeError unless `x` is a mask."""
+    chex.assert_type(
+        x,
+        bool,
+        exception_type=TypeError,
+        custom_message=f"{name}: expected a bool array, got {describe(x)}",
+    )
+
+
+def check_shape(name: str, x: jax.Array, shape: Sequence[int], why: str) -> None:
+    """Raises ValueError unless `x` has exactly `shape`; nothing broadcasts."""
+    chex.assert_shape(
+        x,
+        tuple(shape),
+        exception_type=ValueError,
+        custom_message=f"{name}: expected shape {tuple(shape)} ({why}), got {describe(x)}",
+    )
+
+
+def check(condition: bool, message: str, exception_type: type[Exception] = ValueError) -> None:
+    """Raises `exception_type(message)` unless a condition known at trace time holds."""
+    chex.assert_equal(bool(condition), True, exception_type=exception_type, custom_message=message)
+
+
+def canonical_axes(axis: int | Sequence[int], ndim: int) -> tuple[int, ...]:
+    """Returns `axis` as a tuple of distinct non-negative ints; raises TypeError or ValueError."""
+    axes = tuple(axis) if isinstance(axis, Sequence) else (axis,)
+    check(
+        all(isinstance(a, int | np.integer) and not isinstance(a, bool) for a in axes),
+        f"axis: expected an int or a tuple of ints, got {axis!r}",
+        TypeError,
+    )
+    check(
+        len(axes) > 0 and all(-ndim <= a < ndim for a in axes),
+        f"axis: expected ints in [{-ndim}, {ndim}) for an array of rank {ndim}, got {axis!r}",
+    )
+    axes = tuple(int(a) % ndim for a in axes)
+    check(len(set(axes)) == len(axes), f"axis: expected distinct axes, got {axis!r}")
+    return axes
+
+
+def check_interval(name: str, x: Any, low: float, high: float) -> None:
+    """Raises ValueError where a concrete `x` leaves [low, high]; a traced `x` is not looked at."""
+    if not isinstance(x, jax.core.Tracer):
+        values = np.asarray(x, dtype=np.float64)
+        check(
+            bool(np.all((values >= low) & (values <= high))),
+            f"{name}: expected values in [{low:g}, {high:g}], got {x}",
+        )
+
+
+@contextlib.contextmanager
+def label_checks() -> Iterator[None]:
+    """Makes labels outside [0, V) an error that names the position and the label.
+
+    Without it such labels give NaN, at no cost. Under `jax.jit` the check is one of
+    `jax.experimental.checkify`: wrap the jitted function in `checkify.checkify`, as below. What was
+    compiled before the switch was on stays as it was.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import xentjax
+      >>> with xentjax.label_checks():
+      ...     xentjax.softmax_cross_entropy(jnp.zeros((2, 3)), jnp.array([0, 7]))
+      Traceback (most recent call last):
+        ...
+      jax._src.checkify.JaxRuntimeError: targets: expected labels in [0, 3), got 7 at position [1]...
+    """
+    token = _labels_checked.set(True)
+    try:
+        yield
+    finally:
+        _labels_checked.reset(token)
+
+
+def check_labels(labels: jax.Array, num_classes: int, where: jax.Array | None) -> None:
+    """Under `label_checks`, raises or records an error at the first label outside [0, V)."""
+    if not _labels_checked.get() or labels.size == 0:
+        return
+    bad = (labels < 0) | (labels >= num_classes)
+    if where is not None:
+        bad &= where[..., None]
+    position = jnp.stack(jnp.unravel_index(jnp.argmax(bad), labels.shape))
+    checkify.check(
+        ~bad.any(),
+        f"targets: expected labels in [0, {num_classes}), got {{label}} at position {{position}}",
+        label=labels[tuple(position)],
+        position=position[:-1],
+    )
+
+
+def describe(x: Any) -> str:
+    """Returns what an error says of an array: dtype and shape."""
+    return f"{jnp.result_type(x)}{list(jnp.shape(x))}"

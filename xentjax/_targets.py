@@ -1,0 +1,487 @@
+"""What the truth looks like: labels, dense distributions, and sparse targets.
+
+A target is a non-negative mass t_v over the V classes. Its total T = Σ_v t_v need not be 1.
+Smoothing, mixing and re-weighting are functions from targets to targets.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, ArrayLike, Float, Int
+
+from xentjax import _checks
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SparseTargets:
+    """Targets with mass on K classes each, and the rest spread over a background.
+
+    t = Σ_k weights_k · onehot(indices_k) + background_mass · background
+
+    A pytree: it goes through jit, vmap, scan and shard_map as an array does. Classes may repeat
+    among the K; their weights add. The shapes are checked where the targets are used.
+
+    Attributes:
+      indices: Classes in [0, V), int[..., K].
+      weights: Their mass, float[..., K].
+      background_mass: Mass of the background, float[...]; None is no background at all.
+      background: The distribution of that mass over all classes, float[V]; None is uniform, 1/V.
+        Mixing targets that have different backgrounds stacks them: background float[B, V] with
+        background_mass float[..., B].
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import xentjax
+      >>> t = xentjax.SparseTargets(jnp.array([[2, 0]]), jnp.array([[0.7, 0.3]]))
+      >>> print(xentjax.dense_targets(t, 3))
+      [[0.3 0.  0.7]]
+    """
+
+    indices: Int[Array, "*batch k"]
+    weights: Float[Array, "*batch k"]
+    background_mass: Float[Array, "*batch"] | None = None
+    background: Float[Array, " v"] | None = None
+
+
+Targets = ArrayLike | SparseTargets
+"""Integer labels [...], dense targets float[..., V], or SparseTargets."""
+
+
+def as_targets(targets: Targets) -> jax.Array | SparseTargets:
+    """Returns `targets` as dense float[..., V] or SparseTargets; labels become K = 1 of weight 1.
+
+    Raises:
+      TypeError: A dtype is neither integer (labels) nor floating (masses).
+      ValueError: The parts of SparseTargets do not fit each other.
+    """
+    if not isinstance(targets, SparseTargets):
+        array = _as_classes(targets)
+        _checks.check(
+            jnp.issubdtype(array.dtype, jnp.integer) or jnp.issubdtype(array.dtype, jnp.floating),
+            "targets: expected integer labels, floating dense targets or SparseTargets, "
+            f"got {_checks.describe(array)}",
+            TypeError,
+        )
+        if jnp.issubdtype(array.dtype, jnp.floating):
+            return array
+        return SparseTargets(array[..., None], jnp.ones((*array.shape, 1), jnp.float32))
+
+    indices, weights = _as_classes(targets.indices), jnp.asarray(targets.weights)
+    _checks.check(
+        jnp.issubdtype(indices.dtype, jnp.integer) and indices.ndim > 0,
+        f"targets.indices: expected integers of shape [..., K], got {_checks.describe(indices)}",
+        TypeError,
+    )
+    _checks.check_floating("targets.weights", weights)
+    _checks.check_shape("targets.weights", weights, indices.shape, "that of targets.indices")
+    mass, background = targets.background_mass, targets.background
+    if mass is None:
+        _checks.check(
+            background is None,
+            "targets.background_mass: expected an array beside targets.background, got None",
+        )
+        return SparseTargets(indices, weights)
+    mass = jnp.asarray(mass)
+    _checks.check_floating("targets.background_mass", mass)
+    batch = indices.shape[:-1]
+    if background is not None:
+        background = jnp.asarray(background)
+        _checks.check_floating("targets.background", background)
+        _checks.check(
+            background.ndim in (1, 2),
+            "targets.background: expected shape [V], or [B, V] when stacked, "
+            f"got {_checks.describe(background)}",
+        )
+        batch = batch + background.shape[:-1]
+    _checks.check_shape("targets.background_mass", mass, batch, "the batch of targets.indices")
+    return SparseTargets(indices, weights, mass, background)
+
+
+def _as_classes(x: ArrayLike) -> jax.Array:
+    """Returns `x` as a jax array; integers too large for int32 stay out of range, not wrapped."""
+    largest = np.iinfo(np.int32).max
+    if isinstance(x, np.ndarray) and x.dtype.kind in "iu":
+        x = np.clip(x, -1, largest)
+    x = jnp.asarray(x)
+    if jnp.issubdtype(x.dtype, jnp.unsignedinteger) and x.dtype.itemsize >= 4:
+        x = jnp.minimum(x, largest)
+    return x.astype(jnp.int32) if jnp.issubdtype(x.dtype, jnp.integer) else x
+
+
+def check_targets(
+    targets: jax.Array | SparseTargets, batch: tuple[int, ...], num_classes: int
+) -> None:
+    """Raises ValueError unless `targets` are for `batch` examples of `num_classes` classes."""
+    if not isinstance(targets, SparseTargets):
+        fits = f"{batch} labels or {(*batch, num_classes)} masses: batch and classes of the logits"
+        _checks.check_shape("targets", targets, (*batch, num_classes), fits)
+        return
+    _checks.check(
+        targets.indices.shape[:-1] == batch,
+        f"targets: expected shape {batch} for labels, {(*batch, 'K')} for sparse indices or "
+        f"{(*batch, num_classes)} for floating dense targets (the batch of the logits), got "
+        f"{targets.indices.shape[:-1]} labels or {targets.indices.shape} indices",
+    )
+    if targets.background is not None:
+        _checks.check(
+            targets.background.shape[-1] == num_classes,
+            f"targets.background: expected {num_classes} classes, those of the logits, "
+            f"got {_checks.describe(targets.background)}",
+        )
+
+
+def invalid_as_nan(targets: SparseTargets, num_classes: int) -> SparseTargets:
+    """Gives NaN weight to classes outside [0, V), so that their loss and gradient are NaN."""
+    valid = is_valid(targets.indices, num_classes)
+    return dataclasses.replace(
+        targets,
+        indices=jnp.clip(targets.indices, 0, num_classes - 1),
+        weights=jnp.where(valid, targets.weights, jnp.nan),
+    )
+
+
+def is_valid(labels: jax.Array, num_classes: int) -> jax.Array:
+    """Returns where labels are in [0, V)."""
+    return (labels >= 0) & (labels < num_classes)
+
+
+def map_masses(
+    function: Callable[[jax.Array], jax.Array], targets: jax.Array | SparseTargets
+) -> jax.Array | SparseTargets:
+    """Applies `function` to every array of mass: dense, or weights and background_mass."""
+    if not isinstance(targets, SparseTargets):
+        return function(targets)
+    mass = targets.background_mass
+    return dataclasses.replace(
+        targets,
+        weights=function(targets.weights),
+        background_mass=None if mass is None else function(mass),
+    )
+
+
+def backgrounds(
+    targets: SparseTargets, num_classes: int
+) -> Iterator[tuple[jax.Array, jax.Array | float]]:
+    """Yields (mass [...], distribution [V] or the scalar 1/V) for each background."""
+    mass, background = targets.background_mass, targets.background
+    if mass is None:
+        return
+    if background is None:
+        yield mass, 1.0 / num_classes
+    elif background.ndim == 1:
+        yield mass, background
+    else:
+        for b in range(background.shape[0]):
+            yield mass[..., b], background[b]
+
+
+def times_mass(mass: jax.Array | float, cost: jax.Array) -> jax.Array:
+    """Returns mass · cost with 0 · inf = 0."""
+    return mass * jnp.where((mass == 0) & jnp.isposinf(cost), 0, cost)
+
+
+def expectation(
+    targets: jax.Array | SparseTargets,
+    logits: jax.Array,
+    cost: Callable[[jax.Array], jax.Array],
+) -> jax.Array:
+    """Returns Σ_v t_v · cost(z)_v, [...], for an elementwise `cost` of logits z, [..., V].
+
+    This one sum is every cross-entropy: only the classes that hold mass are looked at.
+    """
+    if not isinstance(targets, SparseTargets):
+        return times_mass(targets, cost(logits)).sum(-1)
+    picked = cost(jnp.take_along_axis(logits, targets.indices, axis=-1))
+    total = times_mass(targets.weights, picked).sum(-1)
+    for mass, distribution in backgrounds(targets, logits.shape[-1]):
+        total += times_mass(mass, times_mass(distribution, cost(logits)).sum(-1))
+    return total
+
+
+def background_over(targets: SparseTargets, num_classes: int) -> jax.Array:
+    """Returns the background's mass on every class, [..., V], or [..., 1] where it is uniform."""
+    total = jnp.zeros((*targets.indices.shape[:-1], 1), targets.weights.dtype)
+    for mass, distribution in backgrounds(targets, num_classes):
+        total = total + mass[..., None] * distribution
+    return total
+
+
+def mass_at(targets: SparseTargets, classes: jax.Array, num_classes: int) -> jax.Array:
+    """Returns the mass that sparse targets have on classes int[..., J], as float[..., J]."""
+    same = classes[..., :, None] == targets.indices[..., None, :]
+    total = jnp.where(same, targets.weights[..., None, :], 0).sum(-1)
+    for mass, distribution in backgrounds(targets, num_classes):
+        total += mass[..., None] * jnp.broadcast_to(distribution, num_classes)[classes]
+    return total
+
+
+def put_at(x: jax.Array, indices: jax.Array, values: jax.Array) -> jax.Array:
+    """Returns x [..., V] with x[..., indices_k] = values_k; equal indices have equal values."""
+    num_classes, k = x.shape[-1], indices.shape[-1]
+    if k <= _FEW:
+        classes = jax.lax.broadcasted_iota(indices.dtype, x.shape, x.ndim - 1)
+        for j in range(k):
+            x = jnp.where(classes == indices[..., j, None], values[..., j, None], x)
+        return x
+    # The scatter's transpose needs distinct indices: repeats go out of range and are dropped.
+    order = jnp.arange(k)
+    earlier = (indices[..., :, None] == indices[..., None, :]) & (order[:, None] > order)
+    indices = jnp.where(earlier.any(-1), num_classes + order, indices)
+    return x.at[_rows_and(indices)].set(values, mode="drop", unique_indices=True)
+
+
+# Up to here a comparison in the loop that writes x costs less than a scatter after it.
+_FEW = 4
+
+
+def smooth_labels(
+    targets: Targets, alpha: ArrayLike, *, background: ArrayLike | None = None
+) -> jax.Array | SparseTargets:
+    """Moves a share alpha of the mass to a background distribution over all classes.
+
+    t' = (1 − alpha) · t + alpha · background
+
+    Smooth first and re-weight second where both are wanted: that is label smoothing under class
+    weights as PyTorch has it.
+
+    Args:
+      targets: Labels int[...], dense float[..., V], or SparseTargets.
+      alpha: The share, a scalar in [0, 1].
+      background: A distribution over the classes, float[V]; None is uniform, 1/V.
+
+    Returns:
+      Dense targets for dense targets, SparseTargets otherwise.
+
+    Raises:
+      ValueError: alpha is not a scalar in [0, 1], or background is not float[V].
+      TypeError: Targets or background have a dtype that cannot be one.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import xentjax
+      >>> t = xentjax.smooth_labels(jnp.array([2, 0]), 0.5)
+      >>> print(xentjax.dense_targets(t, 4))
+      [[0.125 0.125 0.625 0.125]
+       [0.625 0.125 0.125 0.125]]
+
+    Source:
+      Szegedy et al., Rethinking the Inception Architecture, 2016, section 7.
+    """
+    targets = as_targets(targets)
+    _checks.check_shape("alpha", jnp.asarray(alpha), (), "a scalar")
+    _checks.check_interval("alpha", alpha, 0.0, 1.0)
+    if background is not None:
+        background = jnp.asarray(background)
+        _checks.check_floating("background", background)
+        _checks.check(
+            background.ndim == 1,
+            f"background: expected shape [V], got {_checks.describe(background)}",
+        )
+    batch = targets.indices.shape[:-1] if isinstance(targets, SparseTargets) else targets.shape[:-1]
+    spread = SparseTargets(
+        jnp.zeros((*batch, 0), jnp.int32),
+        jnp.zeros((*batch, 0), jnp.float32),
+        jnp.ones(batch, jnp.float32),
+        background,
+    )
+    return mix_targets(targets, spread, 1 - jnp.asarray(alpha))
+
+
+def mix_targets(a: Targets, b: Targets, lam: ArrayLike) -> jax.Array | SparseTargets:
+    """Mixes two targets of any form.
+
+    t = lam · a + (1 − lam) · b
+
+    Args:
+      a: Labels int[...], dense float[..., V], or SparseTargets.
+      b: Targets of the same batch, in any form.
+      lam: The share of `a`, in [0, 1]: a scalar, or one for each example, float[...].
+
+    Returns:
+      Dense targets if either is dense, SparseTargets of K = K_a + K_b otherwise.
+
+    Raises:
+      ValueError: Batches or classes differ, or lam is neither a scalar nor of the batch's shape, or
+        not in [0, 1].
+      TypeError: Targets have a dtype that cannot be one.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import xentjax
+      >>> t = xentjax.mix_targets(jnp.array([0]), jnp.array([2]), 0.75)
+      >>> print(t.indices, t.weights)
+      [[0 2]] [[0.75 0.25]]
+
+    Source:
+      Zhang et al., mixup: Beyond Empirical Risk Minimization, 2018, equation 1.
+    """
+    a, b = as_targets(a), as_targets(b)
+    lam = jnp.asarray(lam)
+    if not jnp.issubdtype(lam.dtype, jnp.floating):
+        lam = lam.astype(jnp.float32)
+    _checks.check_interval("lam", lam, 0.0, 1.0)
+    if isinstance(a, jax.Array):
+        b = dense_targets(b, a.shape[-1])
+    elif isinstance(b, jax.Array):
+        a = dense_targets(a, b.shape[-1])
+    batch_a, batch_b = batch_of(a), batch_of(b)
+    _checks.check(
+        batch_a == batch_b, f"b: expected targets for the batch of a, {batch_a}, got {batch_b}"
+    )
+    _checks.check(
+        lam.shape in ((), batch_a),
+        f"lam: expected a scalar or shape {batch_a}, one for each example, got {lam.shape}",
+    )
+
+    def scale(targets, share):
+        return map_masses(lambda mass: expand_like(share, mass) * mass, targets)
+
+    a, b = scale(a, lam), scale(b, 1 - lam)
+    if isinstance(a, SparseTargets) and isinstance(b, SparseTargets):
+        return SparseTargets(
+            jnp.concatenate([a.indices, b.indices], axis=-1),
+            jnp.concatenate([a.weights, b.weights], axis=-1),
+            *_merge_backgrounds(a, b),
+        )
+    _checks.check(
+        a.shape == b.shape, f"b: expected the classes of a, {a.shape[-1]}, got {b.shape[-1]}"
+    )
+    return a + b
+
+
+def _merge_backgrounds(
+    a: SparseTargets, b: SparseTargets
+) -> tuple[jax.Array | None, jax.Array | None]:
+    """Returns (background_mass, background) of a + b, stacked only where the two differ."""
+    if a.background_mass is None or b.background_mass is None:
+        only = b if a.background_mass is None else a
+        return only.background_mass, only.background
+    if a.background is b.background:
+        return a.background_mass + b.background_mass, a.background
+    sizes = {x.background.shape[-1] for x in (a, b) if x.background is not None}
+    num_classes = sizes.pop()
+    _checks.check(
+        not sizes, f"b: expected a background over the classes of a, got {num_classes} and {sizes}"
+    )
+    pairs = [*backgrounds(a, num_classes), *backgrounds(b, num_classes)]
+    rows = [jnp.broadcast_to(distribution, (num_classes,)) for _, distribution in pairs]
+    return jnp.stack([mass for mass, _ in pairs], axis=-1), jnp.stack(rows)
+
+
+def reweight_targets(targets: Targets, class_weights: ArrayLike) -> jax.Array | SparseTargets:
+    """Multiplies the mass on each class by that class's weight.
+
+    t'_v = class_weights_v · t_v
+
+    The total mass T is then no longer 1, and the losses still hold. For the class-weighted mean of
+    PyTorch, give `weighted_mean` the totals as well: see the README.
+
+    Args:
+      targets: Labels int[...], dense float[..., V], or SparseTargets.
+      class_weights: float[V].
+
+    Returns:
+      Dense targets for dense targets, SparseTargets otherwise.
+
+    Raises:
+      ValueError: class_weights is not of shape [V].
+      TypeError: class_weights is not floating-point, or targets have a dtype that cannot be one.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import xentjax
+      >>> t = xentjax.reweight_targets(jnp.array([1, 0]), jnp.array([1.0, 5.0]))
+      >>> print(xentjax.dense_targets(t, 2))
+      [[0. 5.]
+       [1. 0.]]
+
+    Source:
+      King and Zeng, Logistic Regression in Rare Events Data, 2001, section 4.2.
+    """
+    targets, class_weights = as_targets(targets), jnp.asarray(class_weights)
+    _checks.check_floating("class_weights", class_weights)
+    _checks.check(
+        class_weights.ndim == 1,
+        f"class_weights: expected shape [V], got {_checks.describe(class_weights)}",
+    )
+    (num_classes,) = class_weights.shape
+    if not isinstance(targets, SparseTargets):
+        _checks.check_shape(
+            "class_weights", class_weights, targets.shape[-1:], "the classes of targets"
+        )
+        return targets * class_weights
+    background = targets.background
+    if targets.background_mass is not None:
+        if background is None:
+            background = jnp.full_like(class_weights, 1 / num_classes)
+        _checks.check_shape(
+            "class_weights", class_weights, background.shape[-1:], "the classes of targets"
+        )
+        background = background * class_weights
+    valid = is_valid(targets.indices, num_classes)
+    weights = class_weights[jnp.where(valid, targets.indices, 0)]
+    return dataclasses.replace(
+        targets,
+        weights=targets.weights * jnp.where(valid, weights, jnp.nan),
+        background=background,
+    )
+
+
+def dense_targets(targets: Targets, num_classes: int) -> jax.Array:
+    """Writes targets of any form out as one mass per class.
+
+    t_v = Σ_k weights_k · [indices_k = v] + background_mass · background_v
+
+    The losses never need it: it is for looking, and for mixing with dense targets.
+
+    Args:
+      targets: Labels int[...], dense float[..., V], or SparseTargets.
+      num_classes: V.
+
+    Returns:
+      Masses, float[..., V]. A label outside [0, V) makes its row NaN.
+
+    Raises:
+      ValueError: Targets are not for `num_classes` classes.
+      TypeError: Targets have a dtype that cannot be one.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import xentjax
+      >>> print(xentjax.dense_targets(jnp.array([2, 0]), 3))
+      [[0. 0. 1.]
+       [1. 0. 0.]]
+    """
+    targets = as_targets(targets)
+    _checks.check(
+        isinstance(num_classes, int | np.integer) and num_classes > 0,
+        f"num_classes: expected a positive int, got {num_classes!r}",
+    )
+    check_targets(targets, batch_of(targets), num_classes)
+    if not isinstance(targets, SparseTargets):
+        return targets
+    valid = is_valid(targets.indices, num_classes).all(-1, keepdims=True)
+    dense = background_over(targets, num_classes)
+    dense = jnp.broadcast_to(jnp.where(valid, dense, jnp.nan), (*batch_of(targets), num_classes))
+    return dense.at[_rows_and(targets.indices)].add(targets.weights, mode="drop")
+
+
+def _rows_and(indices: jax.Array) -> tuple[jax.Array, ...]:
+    """Returns what indexes the classes `indices` [..., K] of an array [..., V]."""
+    rows = jnp.meshgrid(*map(jnp.arange, indices.shape), indexing="ij", sparse=True)[:-1]
+    return (*rows, indices)
+
+
+def batch_of(targets: jax.Array | SparseTargets) -> tuple[int, ...]:
+    """Returns the shape of one loss per example."""
+    array = targets.indices if isinstance(targets, SparseTargets) else targets
+    return array.shape[:-1]
+
+
+def expand_like(x: jax.Array, other: jax.Array) -> jax.Array:
+    """Returns x with axes of size 1 at its end, to stand against `other`."""
+    return x.reshape(x.shape + (1,) * (other.ndim - x.ndim))
