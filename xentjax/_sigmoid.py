@@ -70,7 +70,7 @@ def multilabel_cross_entropy(
       >>> import xentjax
       >>> logits, targets = jnp.array([[2.0, -1.0, 0.0]]), jnp.array([[1, 0, 1]])
       >>> print(xentjax.multilabel_cross_entropy(logits, targets))
-      [1.1333370]
+      [1.13334]
 
     Source:
       Goodfellow et al., Deep Learning, 2016, section 6.2.2.2.
