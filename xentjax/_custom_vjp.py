@@ -25,7 +25,8 @@ def custom_vjp(
       fwd: `fwd(live, *args) -> (out, residuals)`. `live` is `args` with a bool at each leaf:
         whether that leaf is being differentiated.
       bwd: `bwd(live, residuals, cotangent) -> cotangents`, linear in the cotangent of `out`,
-        with one entry per argument; what stands at a leaf that is not live is ignored.
+        with one entry per argument: a tree like it, or None where nothing in it is live. What
+        stands at a leaf that is not live is ignored.
 
     Returns:
       A function of the same arguments, differentiable to any order in forward and reverse mode.
@@ -37,21 +38,36 @@ def custom_vjp(
         return value(*args)
 
     def jvp(primals, tangents):
-        leaves, treedef = jax.tree.flatten(tangents, is_leaf=lambda t: isinstance(t, SymbolicZero))
-        is_live = [not isinstance(t, SymbolicZero) for t in leaves]
-        live = jax.tree.unflatten(treedef, is_live)
+        live = jax.tree.map(_is_live, tangents, is_leaf=_is_zero)
         out, residuals = fwd(live, *primals)
 
-        def pushforward(residuals, tangents):
+        def pushforward(residuals, live_tangents):
             def pullback(cotangent):
-                cotangents = treedef.flatten_up_to(bwd(live, residuals, cotangent))
-                return [c for c, wanted in zip(cotangents, is_live, strict=True) if wanted]
+                return _select(live, bwd(live, residuals, cotangent))
 
-            return jax.linear_transpose(pullback, out)(tangents)[0]
+            return jax.linear_transpose(pullback, out)(live_tangents)[0]
 
         # Under `checkpoint` the saved residuals are `residuals` and not what `bwd` makes of them.
-        live_tangents = [t for t, wanted in zip(leaves, is_live, strict=True) if wanted]
-        return out, jax.checkpoint(pushforward)(residuals, live_tangents)
+        return out, jax.checkpoint(pushforward)(residuals, _select(live, tangents))
 
     function.defjvp(jvp, symbolic_zeros=True)
     return function
+
+
+def _is_zero(tangent: Any) -> bool:
+    return isinstance(tangent, SymbolicZero)
+
+
+def _is_live(tangent: Any) -> bool:
+    return not _is_zero(tangent)
+
+
+def _select(live: tuple[Any, ...], trees: tuple[Any, ...]) -> list[Any]:
+    """Returns the leaves of `trees` at which `live` is true."""
+    selected = []
+    for wanted, tree in zip(live, trees, strict=True):
+        flags, treedef = jax.tree.flatten(wanted)
+        if any(flags):
+            leaves = treedef.flatten_up_to(tree)
+            selected += [leaf for leaf, flag in zip(leaves, flags, strict=True) if flag]
+    return selected

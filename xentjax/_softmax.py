@@ -1,17 +1,4 @@
-"""Cross-entropy from logits, for one class out of many.
-
-With u_v = z_v − m, m = max z, and rest = Σ_{v: u_v < 0} exp(u_v) + (number of maxima − 1):
-
-    lse(z)         = m + log1p(rest)
-    loss(z, t)     = Σ_v t_v · ((m − z_v) + log1p(rest))            a sum of non-negative terms
-    ∂loss/∂z_v     = T · p_v − t_v,            p_v = exp(u_v) / (1 + rest)
-                   = (T − t_v) − T · (1 − p_v) where p_v > 1/2,     1 − p_v = rest / (1 + rest)
-    ∂loss/∂t_v     = lse(z) − z_v
-
-Leaving the largest exponential, which is 1, out of the sum is what keeps a confident prediction
-exact: log1p(rest) and rest / (1 + rest) have full relative precision where lse − z_y and p_y − 1
-cancel to nothing.
-"""
+"""Cross-entropy from logits, for one class out of many."""
 
 import functools
 import math
@@ -23,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
-from xentjax import _checks, _targets
+from xentjax import _blocks, _checks, _targets
 from xentjax._custom_vjp import custom_vjp
 from xentjax._targets import SparseTargets, Targets
 
@@ -168,7 +155,8 @@ def checked_logits(
 def classes_last(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
     """Returns x with `axes` moved to the end, in their order, and flattened into one."""
     batch = [a for a in range(x.ndim) if a not in axes]
-    return x.transpose(*batch, *axes).reshape(*(x.shape[a] for a in batch), -1)
+    num_classes = math.prod(x.shape[a] for a in axes)
+    return x.transpose(*batch, *axes).reshape(*(x.shape[a] for a in batch), num_classes)
 
 
 def classes_back(x: jax.Array, shape: tuple[int, ...], axes: tuple[int, ...]) -> jax.Array:
@@ -221,70 +209,6 @@ def _is_heaviest(targets, prediction, num_classes):
     return _targets.mass_at(targets, prediction[..., None], num_classes)[..., 0] >= heaviest
 
 
-@jax.custom_jvp
-def _max_and_rest(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns m = max z and rest = Σ_v exp(z_v − m) − 1, without forming that difference.
-
-    Where all z are −inf, m is −inf and rest is 0. To derivatives m is a constant: what is built
-    from (m, rest) must not change when both z and m shift.
-    """
-    z = _wide(logits)
-    m = jnp.max(z, axis=-1)
-    shift = _shift(m)
-    others = jnp.where(z < shift, _exp_difference(z, shift), 0).sum(-1)
-    ties = jnp.sum(z == shift, axis=-1, dtype=z.dtype)
-    return m, others + jnp.maximum(ties - 1, 0)
-
-
-@_max_and_rest.defjvp
-def _max_and_rest_jvp(primals, tangents):
-    (logits,), (tangent,) = primals, tangents
-    m, rest = _max_and_rest(logits)
-    exponentials = _exp_difference(_wide(logits), _shift(m))
-    return (m, rest), (jnp.zeros_like(m), jnp.sum(exponentials * _wide(tangent), axis=-1))
-
-
-def _wide(x: jax.Array) -> jax.Array:
-    """Returns x in the dtype of the arithmetic: float32, or float64 for float64."""
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
-
-
-def _shift(m: jax.Array) -> jax.Array:
-    """Returns what is subtracted from the logits, [..., 1]: m, or 0 where m is −inf."""
-    return jnp.where(m == -jnp.inf, 0, m)[..., None]
-
-
-def _exp_difference(z: jax.Array, shift: jax.Array) -> jax.Array:
-    """Returns exp(z − shift) without the error of rounding z − shift.
-
-    That error, half an ulp of |z − shift|, is a relative error of exp: 4e-6 at 80 in float32.
-    Knuth's two-sum finds it exactly, and exp(d + e) = exp(d) · (1 + e).
-    """
-    d = z - shift
-    minus_shift = d - z
-    e = (z - (d - minus_shift)) - (shift + minus_shift)
-    e = jax.lax.stop_gradient(jnp.where(jnp.isfinite(d), e, 0))
-    return jnp.exp(d) * (1 + e)
-
-
-def _cost(m: jax.Array, rest: jax.Array):
-    """Returns the function z_v -> lse(z) − z_v, a sum of non-negative terms."""
-
-    def cost(logits):
-        return (_shift(m) - _wide(logits)) + jnp.log1p(rest)[..., None]
-
-    return cost
-
-
-def _is_top(m: jax.Array, rest: jax.Array):
-    """Returns the function z_v -> whether p_v > 1/2; only one largest logit can have that."""
-
-    def is_top(logits):
-        return (_wide(logits) == _shift(m)) & (rest < 1)[..., None]
-
-    return is_top
-
-
 def _masked(mask, tree):
     """Returns `tree` with 0 in the examples that are masked out; its leaves are [...] or [..., V]."""
     if mask is None:
@@ -292,61 +216,32 @@ def _masked(mask, tree):
     return jax.tree.map(lambda x: jnp.where(_targets.expand_like(mask, x), x, 0), tree)
 
 
-def _masked_targets(mask, targets):
-    """An example that is masked out is one whose target has no mass."""
-    return _targets.map_masses(lambda mass: _masked(mask, mass), targets)
+def _kept(mask, targets, dtype):
+    """Returns targets in the dtype of the arithmetic, without mass where an example is masked."""
+    return _targets.map_masses(lambda mass: _masked(mask, mass), _targets.as_dtype(targets, dtype))
 
 
 def _cross_entropy_fwd(live, logits, targets, mask):
     del live
-    m, rest = _max_and_rest(logits)
-    losses = _targets.expectation(_masked_targets(mask, targets), logits, _cost(m, rest))
-    out = _masked(mask, (losses, m + jnp.log1p(rest)))
-    return out, (logits, targets, mask, m, rest)
+    block = _blocks.block_of(logits, _kept(mask, targets, _blocks.wide(logits).dtype))
+    out = _masked(mask, (block.loss, block.log_normalizer))
+    return out, (logits, targets, mask, block)
 
 
 def _cross_entropy_bwd(live, residuals, cotangent):
     live_logits, live_targets, _ = live
-    logits, targets, mask, m, rest = residuals
+    logits, targets, mask, block = residuals
+    prepare = functools.partial(_kept, mask, dtype=block.m.dtype)
     cotangent = _masked(mask, cotangent)
     logits_cotangent = targets_cotangent = None
     if live_logits:
-        kept = _masked_targets(mask, targets)
-        logits_cotangent = _masked(mask, _logits_cotangent(logits, kept, m, rest, *cotangent))
+        logits_cotangent = _blocks.logits_cotangent(block, logits, prepare(targets), *cotangent)
+        logits_cotangent = _masked(mask, logits_cotangent)
     if any(jax.tree.leaves(live_targets)):
-        _, pullback = jax.vjp(
-            lambda t: _targets.expectation(_masked_targets(mask, t), logits, _cost(m, rest)), targets
+        targets_cotangent = _blocks.targets_cotangent(
+            block, logits, targets, prepare, cotangent[0]
         )
-        (targets_cotangent,) = pullback(cotangent[0])
     return logits_cotangent, targets_cotangent, None
-
-
-def _logits_cotangent(logits, targets, m, rest, loss_cotangent, lse_cotangent):
-    """Returns loss_cotangent · (T · p − t) + lse_cotangent · p, [..., V]."""
-    is_top = _is_top(m, rest)
-    ones = functools.partial(jnp.ones_like, dtype=rest.dtype)
-    total = _targets.expectation(targets, logits, ones)
-    total_but_top = _targets.expectation(targets, logits, lambda z: ones(z) * ~is_top(z))
-
-    def entries(z, t):
-        """The formula for the classes z of target mass t, both [..., J]."""
-        exponentials = _exp_difference(_wide(z), _shift(m))
-        p = exponentials / (1 + rest)[..., None]
-        one_minus_p = (rest[..., None] + (1 - exponentials)) / (1 + rest)[..., None]
-        error = jnp.where(
-            is_top(z),
-            total_but_top[..., None] - total[..., None] * one_minus_p,
-            total[..., None] * p - t,
-        )
-        cotangent = loss_cotangent[..., None] * error + lse_cotangent[..., None] * p
-        return cotangent.astype(logits.dtype)
-
-    if not isinstance(targets, SparseTargets):
-        return entries(logits, targets)
-    background = _targets.background_over(targets, logits.shape[-1])
-    picked = jnp.take_along_axis(logits, targets.indices, axis=-1)
-    at_indices = entries(picked, _targets.mass_at(targets, targets.indices, logits.shape[-1]))
-    return _targets.put_at(entries(logits, background), targets.indices, at_indices)
 
 
 def _cross_entropy_value(logits, targets, mask):
@@ -356,30 +251,32 @@ def _cross_entropy_value(logits, targets, mask):
 _cross_entropy = custom_vjp(_cross_entropy_value, _cross_entropy_fwd, _cross_entropy_bwd)
 
 
+def _block_without_targets(logits):
+    """Returns the Block of logits that no target is set for."""
+    none = jnp.zeros((*logits.shape[:-1], 0))
+    return _blocks.block_of(logits, SparseTargets(none.astype(jnp.int32), none))
+
+
 def surprisals(logits: jax.Array, axes: tuple[int, ...]) -> jax.Array:
     """Returns lse(z) − z_v for every class, in the shape of the logits."""
     z = classes_last(logits, axes)
-    return classes_back(_cost(*_max_and_rest(z))(z), logits.shape, axes)
+    return classes_back(_block_without_targets(z).surprisal(z), logits.shape, axes)
 
 
 def _entropy_fwd(live, logits):
     del live
-    m, rest = _max_and_rest(logits)
-    p = _exp_difference(_wide(logits), _shift(m)) / (1 + rest)[..., None]
-    entropy = _targets.times_mass(p, _cost(m, rest)(logits)).sum(-1)
-    return entropy, (logits, m, rest, entropy)
+    block = _block_without_targets(logits)
+    p = block.softmax(logits)
+    entropy = _targets.times_mass(p, block.surprisal(logits)).sum(-1)
+    return entropy, (logits, block, entropy)
 
 
 def _entropy_bwd(live, residuals, cotangent):
     del live
-    logits, m, rest, entropy = residuals
-    p = _exp_difference(_wide(logits), _shift(m)) / (1 + rest)[..., None]
-    excess = _targets.times_mass(p, _cost(m, rest)(logits) - entropy[..., None])
-    return ((cotangent[..., None] * excess).astype(logits.dtype),)
+    logits, block, entropy = residuals
+    excess = block.surprisal(logits) - entropy[..., None]
+    gradient = _targets.times_mass(block.softmax(logits), excess)
+    return ((cotangent[..., None] * gradient).astype(logits.dtype),)
 
 
-def _entropy_value(logits):
-    return _entropy_fwd(None, logits)[0]
-
-
-entropy = custom_vjp(_entropy_value, _entropy_fwd, _entropy_bwd)
+entropy = custom_vjp(lambda logits: _entropy_fwd(None, logits)[0], _entropy_fwd, _entropy_bwd)

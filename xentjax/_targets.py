@@ -68,7 +68,7 @@ def as_targets(targets: Targets) -> jax.Array | SparseTargets:
         )
         if jnp.issubdtype(array.dtype, jnp.floating):
             return array
-        return SparseTargets(array[..., None], jnp.ones((*array.shape, 1), jnp.float32))
+        return SparseTargets(array[..., None], jnp.ones((*array.shape, 1), float))
 
     indices, weights = _as_classes(targets.indices), jnp.asarray(targets.weights)
     _checks.check(
@@ -161,6 +161,16 @@ def map_masses(
         weights=function(targets.weights),
         background_mass=None if mass is None else function(mass),
     )
+
+
+def as_dtype(
+    targets: jax.Array | SparseTargets, dtype: jax.typing.DTypeLike
+) -> jax.Array | SparseTargets:
+    """Returns targets whose masses and background are of `dtype`."""
+    targets = map_masses(lambda mass: mass.astype(dtype), targets)
+    if isinstance(targets, SparseTargets) and targets.background is not None:
+        return dataclasses.replace(targets, background=targets.background.astype(dtype))
+    return targets
 
 
 def backgrounds(
@@ -284,8 +294,8 @@ def smooth_labels(
     batch = targets.indices.shape[:-1] if isinstance(targets, SparseTargets) else targets.shape[:-1]
     spread = SparseTargets(
         jnp.zeros((*batch, 0), jnp.int32),
-        jnp.zeros((*batch, 0), jnp.float32),
-        jnp.ones(batch, jnp.float32),
+        jnp.zeros((*batch, 0), float),
+        jnp.ones(batch, float),
         background,
     )
     return mix_targets(targets, spread, 1 - jnp.asarray(alpha))
@@ -322,7 +332,7 @@ def mix_targets(a: Targets, b: Targets, lam: ArrayLike) -> jax.Array | SparseTar
     a, b = as_targets(a), as_targets(b)
     lam = jnp.asarray(lam)
     if not jnp.issubdtype(lam.dtype, jnp.floating):
-        lam = lam.astype(jnp.float32)
+        lam = lam.astype(float)
     _checks.check_interval("lam", lam, 0.0, 1.0)
     if isinstance(a, jax.Array):
         b = dense_targets(b, a.shape[-1])

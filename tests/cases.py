@@ -1,0 +1,105 @@
+"""What the tests share: target forms, differentiation modes, and the plain formulas beside them."""
+
+import jax
+import jax.numpy as jnp
+import mpmath
+import numpy as np
+
+import xentjax
+
+mpmath.mp.dps = 50
+
+
+def target_forms(batch: int, num_classes: int, seed: int = 0) -> dict[str, xentjax.Targets]:
+    """Returns a target of every form, and of the forms that smoothing and mixing make."""
+    rng = np.random.default_rng(seed)
+    labels = jnp.asarray(rng.integers(0, num_classes, batch))
+    prior = jnp.asarray(rng.dirichlet(np.ones(num_classes)))
+    teacher = xentjax.SparseTargets(
+        jnp.asarray(rng.integers(0, num_classes, (batch, 7))),  # Classes repeat.
+        jnp.asarray(rng.random((batch, 7))),
+        jnp.asarray(rng.random(batch)),
+    )
+    smoothed = xentjax.smooth_labels(labels, 0.1)
+    with_prior = xentjax.smooth_labels(labels, 0.2, background=prior)
+    return {
+        "labels": labels,
+        "dense": jnp.asarray(2 * rng.dirichlet(np.ones(num_classes), batch)),
+        "smoothed": smoothed,
+        "prior": with_prior,
+        "mixed": xentjax.mix_targets(labels, labels[::-1], 0.3),
+        "two backgrounds": xentjax.mix_targets(smoothed, with_prior, jnp.asarray(rng.random(batch))),
+        "weighted": xentjax.reweight_targets(smoothed, jnp.asarray(rng.random(num_classes) + 0.5)),
+        "teacher": teacher,
+    }
+
+
+def plain_softmax_cross_entropy(logits, targets):
+    """The formula as it is written, with dense targets and autodiff: an oracle in float64."""
+    dense = xentjax.dense_targets(targets, logits.shape[-1])
+    log_normalizer = jax.nn.logsumexp(logits, axis=-1)
+    return jnp.sum(dense * (log_normalizer[..., None] - logits), axis=-1)
+
+
+def exact_softmax_cross_entropy(logits, masses):
+    """Returns (loss, gradient to the logits) of one example at 50 digits."""
+    z, t = ([mpmath.mpf(float(x)) for x in row] for row in (logits, masses))
+    m, total = max(z), mpmath.fsum(t)
+    exponentials = [mpmath.exp(x - m) for x in z]
+    normalizer = mpmath.fsum(exponentials)
+    lse = m + mpmath.log(normalizer)
+    loss = mpmath.fsum(a * (lse - b) for a, b in zip(t, z, strict=True))
+    return loss, [total * e / normalizer - a for e, a in zip(exponentials, t, strict=True)]
+
+
+def relative_error(actual, exact) -> float:
+    """Returns the largest |actual − exact| / |exact|, `exact` being mpmath numbers."""
+    pairs = zip(np.ravel(actual), exact, strict=True)
+    return float(max(abs(mpmath.mpf(float(a)) - e) / abs(e) for a, e in pairs))
+
+
+def floating_leaves(tree):
+    """Returns (the floating leaves of `tree`, a function that puts others in their place)."""
+    leaves, treedef = jax.tree.flatten(tree)
+    places = [i for i, leaf in enumerate(leaves) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+
+    def rebuild(floats):
+        new = list(leaves)
+        for i, leaf in zip(places, floats, strict=True):
+            new[i] = leaf
+        return jax.tree.unflatten(treedef, new)
+
+    return [leaves[i] for i in places], rebuild
+
+
+def _scanned(f):
+    def through_scan(*args):
+        def step(total, _):
+            return total + f(*args), None
+
+        return jax.lax.scan(step, jnp.zeros(()), None, length=2)[0] / 2
+
+    return through_scan
+
+
+def _each(f, args):
+    return tuple(range(len(args)))
+
+
+# Each mode maps (scalar function, arguments, tangents) to a pytree.
+MODES = {
+    "value": lambda f, a, t: f(*a),
+    "grad": lambda f, a, t: jax.grad(f, _each(f, a))(*a),
+    "jit(grad)": lambda f, a, t: jax.jit(jax.grad(f, _each(f, a)))(*a),
+    "jvp": lambda f, a, t: jax.jvp(f, a, t),
+    "linearize": lambda f, a, t: jax.linearize(f, *a)[1](*t),
+    "jacfwd": lambda f, a, t: jax.jacfwd(f, _each(f, a))(*a),
+    "hessian": lambda f, a, t: jax.hessian(f, _each(f, a))(*a),
+    "jacrev(jacrev)": lambda f, a, t: jax.jacrev(jax.jacrev(f, _each(f, a)), _each(f, a))(*a),
+    "jacfwd(jacfwd)": lambda f, a, t: jax.jacfwd(jax.jacfwd(f, _each(f, a)), _each(f, a))(*a),
+    "jacrev(jacfwd)": lambda f, a, t: jax.jacrev(jax.jacfwd(f, _each(f, a)), _each(f, a))(*a),
+    "jvp(value_and_grad)": lambda f, a, t: jax.jvp(jax.value_and_grad(f, _each(f, a)), a, t),
+    "grad(checkpoint)": lambda f, a, t: jax.grad(jax.checkpoint(f), _each(f, a))(*a),
+    "grad(scan)": lambda f, a, t: jax.grad(_scanned(f), _each(f, a))(*a),
+    "jacfwd(hessian)": lambda f, a, t: jax.jacfwd(jax.hessian(f))(*a),
+}

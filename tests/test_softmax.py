@@ -1,0 +1,291 @@
+"""Softmax cross-entropy: exactness, limits, masks, axes, memory."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from cases import (
+    exact_softmax_cross_entropy,
+    plain_softmax_cross_entropy,
+    relative_error,
+    target_forms,
+)
+
+import xentjax
+
+INF = np.inf
+
+
+def _loss_and_gradient(logits, targets, **kwargs):
+    def loss(z):
+        losses = xentjax.softmax_cross_entropy(z, targets, **kwargs)
+        return losses.sum(), losses
+
+    (_, losses), gradient = jax.value_and_grad(loss, has_aux=True)(jnp.asarray(logits))
+    return losses, gradient
+
+
+def _rows_with_margins(num_classes, margins, seed=0):
+    """Rows whose label stands `margin` above the largest of the other logits."""
+    rng = np.random.default_rng(seed)
+    logits = rng.normal(size=(len(margins), num_classes)) * 2
+    labels = rng.integers(0, num_classes, len(margins))
+    rows = np.arange(len(margins))
+    logits[rows, labels] = -INF
+    logits[rows, labels] = logits.max(-1) + margins
+    return logits.astype(np.float32), labels
+
+
+@pytest.mark.parametrize("num_classes", [2, 10, 300])
+def test_exact_from_margin_minus_80_to_80(num_classes):
+    # Eight float32 ulps, 8 · 2⁻²³ ≈ 1e-6, for each loss and each entry of the gradient.
+    logits, labels = _rows_with_margins(num_classes, np.linspace(-80, 80, 65))
+    losses, gradient = _loss_and_gradient(logits, labels)
+    for row, z in enumerate(logits):
+        loss, entries = exact_softmax_cross_entropy(z, np.eye(num_classes)[labels[row]])
+        assert relative_error(losses[row], [loss]) <= 1e-6
+        normal = [v for v, e in enumerate(entries) if abs(e) >= np.finfo(np.float32).tiny]
+        assert relative_error(gradient[row, normal], [entries[v] for v in normal]) <= 1e-6
+        below = np.delete(np.asarray(gradient[row]), normal)
+        assert np.all(np.abs(below) < np.finfo(np.float32).tiny)
+
+
+def test_exact_over_a_large_vocabulary():
+    # The sum itself must not lose digits: 50257 terms in one float32 accumulator do.
+    logits, labels = _rows_with_margins(50257, np.array([-10.0, 0.0, 12.0]))
+    losses, gradient = _loss_and_gradient(logits, labels)
+    z = logits.astype(np.float64)
+    u = z - z.max(-1, keepdims=True)
+    p = np.exp(u) / np.exp(u).sum(-1, keepdims=True)
+    rows = np.arange(3)
+    desired = -np.log(p[rows, labels])
+    np.testing.assert_allclose(losses, desired, rtol=1e-6)
+    entries = p.copy()
+    others = np.where(np.arange(50257) == labels[:, None], 0, p)
+    entries[rows, labels] = -others.sum(-1)
+    np.testing.assert_allclose(gradient, entries, rtol=1e-6)
+
+
+@pytest.mark.parametrize("form", target_forms(1, 2))
+def test_every_target_form_is_exact(form):
+    targets = target_forms(8, 6)[form]
+    logits = np.random.default_rng(2).normal(size=(8, 6)).astype(np.float32) * 4
+    logits[:4, 2] += 30  # Confident.
+    masses = np.asarray(xentjax.dense_targets(targets, 6))
+    losses, gradient = _loss_and_gradient(logits, targets)
+    for row, z in enumerate(logits):
+        loss, entries = exact_softmax_cross_entropy(z, masses[row])
+        # The masses themselves are rounded to float32: a few more ulps.
+        assert relative_error(losses[row], [loss]) <= 1e-6
+        # T · p − t cancels where the two are near, by the problem's own condition.
+        scale = masses[row].sum() * np.exp(z - z.max()) / np.exp(z - z.max()).sum() + masses[row]
+        error = np.abs(np.asarray(gradient[row]) - np.array(entries, np.float64))
+        assert np.all(error <= 1e-6 * scale)
+
+
+def test_one_hot_is_exact_as_labels_are():
+    logits, labels = _rows_with_margins(5, np.array([15.0, 30.0, 60.0]))
+    one_hot = jax.nn.one_hot(labels, 5)
+    sparse = xentjax.mix_targets(labels, labels, 0.25)
+    desired = _loss_and_gradient(logits, labels)
+    for targets in (one_hot, sparse):
+        for actual, exact in zip(_loss_and_gradient(logits, targets), desired, strict=True):
+            np.testing.assert_allclose(actual, exact, rtol=3e-7)
+
+
+def test_the_naive_formula_cancels_where_ours_does_not():
+    logits, label = jnp.array([20.0, 5.0]), jnp.array(0)
+    assert jax.nn.logsumexp(logits) - logits[label] == 0
+    loss, gradient = _loss_and_gradient(logits, label)
+    np.testing.assert_allclose(loss, np.log1p(np.exp(-15.0)), rtol=3e-7)
+    np.testing.assert_allclose(gradient, np.array([-1, 1]) / (1 + np.exp(15.0)), rtol=3e-7)
+
+
+def test_a_targets_gradient_is_lse_minus_logit():
+    logits = jnp.array([[1.0, 2.0, 4.0]])
+    masses = jnp.array([[0.0, 0.5, 0.5]])
+    gradient = jax.grad(lambda t: xentjax.softmax_cross_entropy(logits, t).sum())(masses)
+    np.testing.assert_allclose(gradient, jax.nn.logsumexp(logits) - logits, rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("form", ["labels", "smoothed", "dense"])
+def test_low_precision_is_as_good_as_its_inputs(dtype, form):
+    targets = target_forms(16, 50)[form]
+    logits = jnp.asarray(np.random.default_rng(3).normal(size=(16, 50)) * 5, dtype)
+    losses, gradient = _loss_and_gradient(logits, targets)
+    assert losses.dtype == jnp.float32
+    assert gradient.dtype == dtype
+    exact_losses, exact_gradient = _loss_and_gradient(logits.astype(jnp.float32), targets)
+    np.testing.assert_array_equal(losses, exact_losses)  # Computed in float32 either way.
+    np.testing.assert_array_equal(gradient, exact_gradient.astype(dtype))  # Rounded once.
+    naive = plain_softmax_cross_entropy(logits, targets)
+    assert jnp.max(jnp.abs(naive - exact_losses)) > jnp.max(jnp.abs(losses - exact_losses))
+
+
+@pytest.mark.parametrize(
+    ("logits", "targets", "loss", "gradient"),
+    [
+        ([-INF, 0, 0], 1, np.log(2), [0, -0.5, 0.5]),
+        ([-INF, 0, 0], 0, INF, [-1, 0.5, 0.5]),
+        ([-INF, 0, 0], [0.0, 0.5, 0.5], np.log(2), [0, 0, 0]),
+        ([-INF, 0, -INF], [0.0, 1.0, 0.0], 0, [0, 0, 0]),
+        ([-INF, 0, 0], [0.5, 0.5, 0.0], INF, [-0.5, 0, 0.5]),
+        ([-INF, -INF, -INF], 1, INF, [0, -1, 0]),
+        ([3.0], 0, 0, [0]),
+        ([0, 0, 0], -1, np.nan, [np.nan] * 3),
+        ([0, 0, 0], 3, np.nan, [np.nan] * 3),
+        ([0, 0, 0], -100, np.nan, [np.nan] * 3),
+        ([0, 0, 0], 2**31 - 1, np.nan, [np.nan] * 3),
+        ([np.nan, 0, 0], 1, np.nan, [np.nan] * 3),
+    ],
+)
+def test_limits(logits, targets, loss, gradient):
+    logits = jnp.asarray([logits, logits], jnp.float32)
+    targets = jnp.asarray([targets, targets])
+    actual = _loss_and_gradient(logits, targets)
+    np.testing.assert_allclose(actual[0], [loss] * 2, rtol=1e-6)
+    np.testing.assert_allclose(actual[1], [gradient] * 2, rtol=1e-6, atol=1e-7)
+    actual = _loss_and_gradient(logits, targets, where=jnp.array([False, False]))
+    np.testing.assert_array_equal(actual[0], np.zeros(2))
+    np.testing.assert_array_equal(actual[1], np.zeros_like(logits))
+
+
+def test_a_label_out_of_range_spoils_its_own_row_only():
+    losses, gradient = _loss_and_gradient(np.zeros((3, 4), np.float32), np.array([0, 4, 1]))
+    np.testing.assert_array_equal(np.isnan(losses), [False, True, False])
+    np.testing.assert_array_equal(np.isnan(gradient).all(-1), [False, True, False])
+    np.testing.assert_array_equal(np.isnan(gradient).any(-1), [False, True, False])
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.uint8, np.int64, np.uint32, np.uint64])
+def test_labels_of_every_width(dtype):
+    logits = np.random.default_rng(0).normal(size=(2, 300)).astype(np.float32)
+    labels = np.array([5, 120], dtype)
+    desired = xentjax.softmax_cross_entropy(logits, np.array([5, 120], np.int32))
+    np.testing.assert_array_equal(xentjax.softmax_cross_entropy(logits, labels), desired)
+    largest = np.full(2, np.iinfo(dtype).max)
+    in_range = np.iinfo(dtype).max < 300
+    assert np.all(np.isfinite(xentjax.softmax_cross_entropy(logits, largest)) == in_range)
+
+
+def test_int64_labels_do_not_wrap_into_range():
+    labels = np.array([2**32, 2**32 + 1])
+    assert np.all(np.isnan(xentjax.softmax_cross_entropy(np.zeros((2, 3), np.float32), labels)))
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (2, 0, 3)])
+def test_empty_batch(shape):
+    logits = jnp.zeros(shape)
+    losses, gradient = _loss_and_gradient(logits, jnp.zeros(shape[:-1], jnp.int32))
+    assert losses.shape == shape[:-1]
+    assert gradient.shape == shape
+
+
+def test_no_target_mass():
+    empty = xentjax.SparseTargets(jnp.zeros((2, 0), jnp.int32), jnp.zeros((2, 0)))
+    for array in _loss_and_gradient(jnp.ones((2, 3)), empty):
+        np.testing.assert_array_equal(array, jnp.zeros_like(array))
+
+
+def test_class_mask_is_a_smaller_problem():
+    rng = np.random.default_rng(4)
+    logits, keep = rng.normal(size=(2, 6)).astype(np.float32), np.array([1, 0, 1, 1, 0, 1], bool)
+    where = jnp.broadcast_to(jnp.asarray(keep), logits.shape)
+    losses, gradient = _loss_and_gradient(logits, jnp.array([2, 5]), where=where)
+    small_losses, small_gradient = _loss_and_gradient(logits[:, keep], jnp.array([1, 3]))
+    np.testing.assert_allclose(losses, small_losses, rtol=3e-7)
+    np.testing.assert_allclose(gradient[:, keep], small_gradient, rtol=3e-7)
+    np.testing.assert_array_equal(gradient[:, ~keep], 0)
+    on_masked = xentjax.softmax_cross_entropy(logits, jnp.array([1, 5]), where=where)
+    assert np.isposinf(on_masked[0])
+    assert np.isfinite(on_masked[1])
+
+
+@pytest.mark.parametrize("axis", [0, 1, -1, (1, 3), (3, 2), (-1, -2), (0, 1, 3)])
+@pytest.mark.parametrize("kind", ["labels", "dense"])
+def test_axes_agree_with_optax(axis, kind):
+    rng = np.random.default_rng(5)
+    logits = rng.normal(size=(2, 3, 4, 5)).astype(np.float32)
+    axes = (axis,) if isinstance(axis, int) else axis
+    axes = tuple(a % 4 for a in axes)
+    batch = [n for a, n in enumerate(logits.shape) if a not in axes]
+    where = rng.random(logits.shape) < 0.9
+    if kind == "labels":
+        targets = rng.integers(0, np.prod([logits.shape[a] for a in axes]), batch)
+        desired = optax.softmax_cross_entropy_with_integer_labels(logits, targets, axis)
+    else:
+        targets = rng.random(logits.shape).astype(np.float32)
+        desired = optax.softmax_cross_entropy(logits, targets, axis)
+        targets = np.where(where, targets, 0)
+        masked = xentjax.softmax_cross_entropy(logits, targets, axis=axis, where=where)
+        safe = optax.softmax_cross_entropy(logits, targets, axis, jnp.asarray(where))
+        np.testing.assert_allclose(masked, safe, rtol=3e-6)
+        targets = rng.random(logits.shape).astype(np.float32)
+        desired = optax.softmax_cross_entropy(logits, targets, axis)
+    actual, gradient = _loss_and_gradient(logits, targets, axis=axis)
+    np.testing.assert_allclose(actual, desired, rtol=3e-6)
+    assert gradient.shape == logits.shape
+    np.testing.assert_allclose(gradient.sum(axes), 0, atol=2e-5)
+
+
+def test_stats():
+    logits = jnp.array([[1.0, 3.0, 0.0], [2.0, 1.0, 0.0], [0.0, 0.0, 5.0]])
+    labels = jnp.array([1, 2, 2])
+    losses, stats = xentjax.softmax_cross_entropy_with_stats(logits, labels)
+    np.testing.assert_array_equal(losses, xentjax.softmax_cross_entropy(logits, labels))
+    np.testing.assert_allclose(stats.log_normalizer, jax.nn.logsumexp(logits, -1), rtol=1e-6)
+    np.testing.assert_array_equal(stats.prediction, [1, 0, 2])
+    np.testing.assert_array_equal(stats.correct, [True, False, True])
+    p = np.asarray(jax.nn.softmax(logits))
+    np.testing.assert_allclose(stats.entropy, -(p * np.log(p)).sum(-1), rtol=1e-5)
+
+
+@pytest.mark.parametrize("form", target_forms(1, 2))
+def test_correct_is_the_heaviest_target(form):
+    targets = target_forms(40, 5)[form]
+    logits = jnp.asarray(np.random.default_rng(6).normal(size=(40, 5)), jnp.float32)
+    _, stats = xentjax.softmax_cross_entropy_with_stats(logits, targets)
+    masses = np.asarray(xentjax.dense_targets(targets, 5))
+    heaviest = masses.argmax(-1)
+    np.testing.assert_array_equal(stats.correct, logits.argmax(-1) == heaviest)
+
+
+def test_stats_of_masked_examples_are_zero():
+    where = jnp.array([True, False])
+    logits = jnp.array([[2.0, 1.0], [np.nan, 1.0]])
+    _, stats = xentjax.softmax_cross_entropy_with_stats(logits, jnp.array([0, 1]), where=where)
+    assert stats.log_normalizer[1] == stats.entropy[1] == 0
+    np.testing.assert_array_equal(stats.correct, [True, False])
+
+
+@pytest.mark.parametrize("form", target_forms(1, 2))
+def test_residuals_hold_no_more_than_the_logits(form):
+    batch, num_classes = 8, 4096
+    targets = target_forms(batch, num_classes)[form]
+    logits = jnp.ones((batch, num_classes))
+    loss = functools.partial(xentjax.softmax_cross_entropy, targets=targets)
+    pullback = jax.vjp(loss, logits)[1]
+    given = sum(leaf.size for leaf in jax.tree.leaves(targets))
+    kept = sum(leaf.size for leaf in jax.tree.leaves(pullback))
+    assert kept <= logits.size + given + 16 * batch
+
+
+@pytest.mark.parametrize("form", ["labels", "smoothed", "mixed", "weighted", "two backgrounds"])
+def test_no_one_hot_in_compiled_memory(form):
+    batch, num_classes = 256, 8192
+    targets = target_forms(batch, num_classes)[form]
+
+    def loss(z, t):
+        return xentjax.weighted_mean(xentjax.softmax_cross_entropy(z, t))
+
+    step = jax.jit(jax.value_and_grad(loss)).lower(
+        jax.ShapeDtypeStruct((batch, num_classes), jnp.float32), targets
+    )
+    memory = step.compile().memory_analysis()
+    size = batch * num_classes * 4
+    assert memory.output_size_in_bytes >= size  # The gradient itself.
+    assert memory.temp_size_in_bytes <= 0.01 * size + 2**16

@@ -1,0 +1,226 @@
+"""Blocks of classes: what one block tells of the softmax, and how blocks merge.
+
+A block is all the classes, a chunk of them in a loop, or a shard of them on a device. Of its
+logits z and the target mass t on its classes it keeps
+
+    m = max z,   rest = Σ_v exp(z_v − m) − 1,
+    mass = Σ_v t_v,   mass_below = Σ_{v: z_v < m} t_v,   excess = Σ_v t_v · (m − z_v)
+
+sums of non-negative terms, all of them, and so is what follows once all classes are in one block:
+
+    lse(z)     = m + log1p(rest)
+    loss(z, t) = Σ_v t_v · (lse(z) − z_v) = excess + mass · log1p(rest)
+    p_v        = exp(z_v − m) / (1 + rest)
+    ∂loss/∂z_v = mass · p_v − t_v
+               = mass_below − mass · rest / (1 + rest)   for the one class with p_v > 1/2
+    ∂loss/∂t_v = lse(z) − z_v
+
+Leaving the largest exponential, which is 1, out of the sum is what keeps a confident prediction
+exact: log1p(rest) and rest / (1 + rest) have full relative precision where lse − z_y and p_y − 1
+cancel to nothing.
+"""
+
+from collections.abc import Callable, Hashable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from xentjax import _targets
+from xentjax._targets import SparseTargets
+
+# `rest` is kept times 2⁵⁸: float32 loses exp(x) below x = −87, which beside exp(−80) is not
+# nothing. A power of two scales exactly, and exp(−40) · 2⁵⁸ is near 1.
+_RAISE, _LIFT = 40.0, 2.0**58
+
+
+class Block(NamedTuple):
+    """What a block of classes tells of each example; every field is [...].
+
+    To derivatives m is a constant: a loss does not change when all logits and m shift.
+    """
+
+    m: jax.Array
+    lifted_rest: jax.Array
+    mass: jax.Array
+    mass_below: jax.Array
+    excess: jax.Array
+
+    @property
+    def rest(self) -> jax.Array:
+        """Σ_v exp(z_v − m) − 1."""
+        return self.lifted_rest / _LIFT
+
+    @property
+    def log_normalizer(self) -> jax.Array:
+        """lse(z)."""
+        return self.m + jnp.log1p(self.rest)
+
+    @property
+    def loss(self) -> jax.Array:
+        """Σ_v t_v · (lse(z) − z_v)."""
+        return self.excess + self.mass * jnp.log1p(self.rest)
+
+    def surprisal(self, logits: jax.Array) -> jax.Array:
+        """Returns lse(z) − z_v, [..., V]."""
+        return (_shift(self.m) - wide(logits)) + jnp.log1p(self.rest)[..., None]
+
+    def softmax(self, logits: jax.Array) -> jax.Array:
+        """Returns p, [..., V]."""
+        exponentials, scale = _exponentials(wide(logits), self.m)
+        return (scale / (1 + self.rest))[..., None] * exponentials
+
+    def is_top(self, logits: jax.Array) -> jax.Array:
+        """Returns whether p_v > 1/2, [..., V]: at most one largest logit has that."""
+        return (wide(logits) == _shift(self.m)) & (self.rest < 1)[..., None]
+
+
+def block_of(logits: jax.Array, targets: jax.Array | SparseTargets) -> Block:
+    """Returns the Block of logits [..., V] under the target mass on those V classes."""
+    m, lifted_rest = _max_and_lifted_rest(logits)
+    shift = _shift(m)
+
+    def total(cost):
+        return _targets.expectation(targets, logits, lambda z: cost(wide(z)))
+
+    return Block(
+        m=m,
+        lifted_rest=lifted_rest,
+        mass=total(jnp.ones_like),
+        mass_below=total(lambda z: (z < shift).astype(z.dtype)),
+        excess=total(lambda z: shift - z),
+    )
+
+
+def merge(a: Block, b: Block) -> Block:
+    """Returns the Block of the classes of both."""
+    m = jnp.maximum(a.m, b.m)
+    return _from_summands(m, *map(jnp.add, _summands(a, m), _summands(b, m)))
+
+
+def merge_over(block: Block, axis_name: Hashable) -> Block:
+    """Returns the Block of the classes of every shard along `axis_name`: one max and one sum."""
+    m = jax.lax.pmax(jax.lax.stop_gradient(block.m), axis_name)
+    return _from_summands(m, *jax.lax.psum(jnp.stack(_summands(block, m)), axis_name))
+
+
+def _summands(block: Block, m: jax.Array) -> tuple[jax.Array, ...]:
+    """Returns what adds over blocks, as seen from a maximum m that is no less than block.m."""
+    is_max = (block.m == m) & (m > -jnp.inf)
+    exponential, scale = _exponentials(block.m[..., None], m)
+    fallen = (1 + block.rest) * exponential[..., 0] * (scale * _LIFT)
+    return (
+        jnp.where(is_max, block.lifted_rest, fallen),
+        is_max.astype(m.dtype),
+        block.mass,
+        jnp.where(is_max, block.mass_below, block.mass),
+        block.excess + _targets.times_mass(block.mass, _shift(m)[..., 0] - block.m),
+    )
+
+
+def _from_summands(m, lifted_rest, maxima, mass, mass_below, excess):
+    return Block(m, lifted_rest + _LIFT * jnp.maximum(maxima - 1, 0), mass, mass_below, excess)
+
+
+def logits_cotangent(
+    block: Block,
+    logits: jax.Array,
+    targets: jax.Array | SparseTargets,
+    loss_cotangent: jax.Array,
+    lse_cotangent: jax.Array,
+) -> jax.Array:
+    """Returns loss_cotangent · (mass · p − t) + lse_cotangent · p, [..., V].
+
+    Args:
+      block: Of all classes, each field [...].
+      logits: Those of some classes, [..., V].
+      targets: The mass on those classes.
+      loss_cotangent: [...].
+      lse_cotangent: [...].
+    """
+
+    def entries(z, t):
+        """The formula for the classes of logits z and mass t, both [..., J]."""
+        p = block.softmax(z)
+        # Where it is used: the value of rest / (1 + rest), and the derivative of 1 − p.
+        constant = jax.lax.stop_gradient
+        one_minus_p = constant(block.rest / (1 + block.rest))[..., None] - (p - constant(p))
+        error = jnp.where(
+            block.is_top(z),
+            block.mass_below[..., None] - block.mass[..., None] * one_minus_p,
+            block.mass[..., None] * p - t,
+        )
+        cotangent = loss_cotangent[..., None] * error + lse_cotangent[..., None] * p
+        return cotangent.astype(logits.dtype)
+
+    if not isinstance(targets, SparseTargets):
+        return entries(logits, targets)
+    num_classes = logits.shape[-1]
+    background = _targets.background_over(targets, num_classes)
+    picked = jnp.take_along_axis(logits, targets.indices, axis=-1)
+    at_indices = entries(picked, _targets.mass_at(targets, targets.indices, num_classes))
+    return _targets.put_at(entries(logits, background), targets.indices, at_indices)
+
+
+def targets_cotangent(
+    block: Block,
+    logits: jax.Array,
+    targets: jax.Array | SparseTargets,
+    prepare: Callable[[jax.Array | SparseTargets], jax.Array | SparseTargets],
+    loss_cotangent: jax.Array,
+) -> jax.Array | SparseTargets:
+    """Returns loss_cotangent · (lse(z) − z) as a cotangent of targets, before they are prepared."""
+
+    def loss(targets):
+        return _targets.expectation(prepare(targets), logits, block.surprisal)
+
+    return jax.vjp(loss, targets)[1](loss_cotangent)[0]
+
+
+@jax.custom_jvp
+def _max_and_lifted_rest(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns m and 2⁵⁸ · rest; where all z are −inf, m is −inf and rest is 0."""
+    z = wide(logits)
+    m = jnp.max(z, axis=-1)
+    exponentials, scale = _exponentials(z, m)
+    others = jnp.where(z < _shift(m), exponentials, 0).sum(-1)
+    maxima = jnp.sum(z == _shift(m), axis=-1, dtype=z.dtype)
+    return m, (scale * _LIFT) * others + _LIFT * jnp.maximum(maxima - 1, 0)
+
+
+@_max_and_lifted_rest.defjvp
+def _max_and_lifted_rest_jvp(primals, tangents):
+    (logits,), (tangent,) = primals, tangents
+    m, lifted_rest = _max_and_lifted_rest(logits)
+    exponentials, scale = _exponentials(wide(logits), m)
+    change = (scale * _LIFT) * jnp.sum(exponentials * wide(tangent), axis=-1)
+    return (m, lifted_rest), (jnp.zeros_like(m), change)
+
+
+def wide(x: jax.Array) -> jax.Array:
+    """Returns x in the dtype of the arithmetic: float32, or float64 for float64."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def _shift(m: jax.Array) -> jax.Array:
+    """Returns what is subtracted from the logits, [..., 1]: m, or 0 where m is −inf."""
+    return jnp.where(m == -jnp.inf, 0, m)[..., None]
+
+
+def _exponentials(z: jax.Array, m: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns (exponentials [..., V], scale [...]): exp(z_v − m) = scale · exponentials_v."""
+    shift = jax.lax.stop_gradient(_shift(m))
+    return _exp_difference(z, shift - _RAISE), _exp_difference(shift - _RAISE, shift)[..., 0]
+
+
+def _exp_difference(z: jax.Array, shift: jax.Array) -> jax.Array:
+    """Returns exp(z − shift) without the error of rounding z − shift.
+
+    That error, half an ulp of |z − shift|, is a relative error of exp: 4e-6 at 80 in float32.
+    Knuth's two-sum finds it exactly, and exp(d + e) = exp(d) · (1 + e).
+    """
+    d = z - shift
+    minus_shift = d - z
+    e = (z - (d - minus_shift)) - (shift + minus_shift)
+    e = jax.lax.stop_gradient(jnp.where(jnp.isfinite(d), e, 0))
+    return jnp.exp(d) * (1 + e)
