@@ -12,6 +12,13 @@ from xentjax._information import (
     softmax_surprisal,
     surprisal,
 )
+from xentjax._linear import (
+    LinearStats,
+    linear_softmax_cross_entropy,
+    linear_softmax_cross_entropy_with_stats,
+    soft_cap,
+    temperature,
+)
 from xentjax._mixing import cutmix, mixup
 from xentjax._reduction import WeightedSum, weighted_mean, weighted_sum
 from xentjax._sigmoid import (
@@ -49,6 +56,12 @@ __all__ = [
     "softmax_cross_entropy",
     "softmax_cross_entropy_with_stats",
     "SoftmaxStats",
+    # The same from the layer before the logits.
+    "linear_softmax_cross_entropy",
+    "linear_softmax_cross_entropy_with_stats",
+    "LinearStats",
+    "soft_cap",
+    "temperature",
     # Yes or no, once or for each label.
     "sigmoid_binary_cross_entropy",
     "multilabel_cross_entropy",

@@ -20,6 +20,7 @@ exact: log1p(rest) and rest / (1 + rest) have full relative precision where lse 
 cancel to nothing.
 """
 
+import functools
 from collections.abc import Callable, Hashable
 from typing import NamedTuple
 
@@ -197,9 +198,14 @@ def _max_and_lifted_rest_jvp(primals, tangents):
     return (m, lifted_rest), (jnp.zeros_like(m), change)
 
 
+def wide_dtype(*dtypes: jax.typing.DTypeLike) -> jnp.dtype:
+    """Returns the dtype of the arithmetic: float32, or float64 where there is one among dtypes."""
+    return functools.reduce(jnp.promote_types, dtypes, jnp.dtype(jnp.float32))
+
+
 def wide(x: jax.Array) -> jax.Array:
-    """Returns x in the dtype of the arithmetic: float32, or float64 for float64."""
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    """Returns x in the dtype of the arithmetic."""
+    return x.astype(wide_dtype(x.dtype))
 
 
 def _shift(m: jax.Array) -> jax.Array:

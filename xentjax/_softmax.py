@@ -189,7 +189,7 @@ def _losses_and_stats(logits, targets, where, axes):
     logits, targets, mask = _canonical(logits, targets, where, axes)
     losses, log_normalizer = _cross_entropy(logits, targets, mask)
     prediction = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    correct = _is_heaviest(targets, prediction, logits.shape[-1])
+    correct = _targets.is_heaviest(targets, prediction, logits.shape[-1])
     prediction_entropy = entropy(logits)
     if mask is not None:
         correct = correct & mask
@@ -197,46 +197,23 @@ def _losses_and_stats(logits, targets, where, axes):
     return losses, SoftmaxStats(log_normalizer, prediction, correct, prediction_entropy)
 
 
-def _is_heaviest(targets, prediction, num_classes):
-    """Returns whether no class holds more target mass than `prediction` does."""
-    if not isinstance(targets, SparseTargets):
-        held = jnp.take_along_axis(targets, prediction[..., None], axis=-1)[..., 0]
-        return held == targets.max(-1)
-
-    heaviest = _targets.mass_at(targets, targets.indices, num_classes).max(-1, initial=0)
-    background = _targets.background_over(targets, num_classes)  # It may be the heaviest alone.
-    heaviest = jnp.maximum(heaviest, jnp.max(background, axis=-1))
-    return _targets.mass_at(targets, prediction[..., None], num_classes)[..., 0] >= heaviest
-
-
-def _masked(mask, tree):
-    """Returns `tree` with 0 in the examples that are masked out; its leaves are [...] or [..., V]."""
-    if mask is None:
-        return tree
-    return jax.tree.map(lambda x: jnp.where(_targets.expand_like(mask, x), x, 0), tree)
-
-
-def _kept(mask, targets, dtype):
-    """Returns targets in the dtype of the arithmetic, without mass where an example is masked."""
-    return _targets.map_masses(lambda mass: _masked(mask, mass), _targets.as_dtype(targets, dtype))
-
-
 def _cross_entropy_fwd(live, logits, targets, mask):
     del live
-    block = _blocks.block_of(logits, _kept(mask, targets, _blocks.wide(logits).dtype))
-    out = _masked(mask, (block.loss, block.log_normalizer))
+    kept = _targets.kept(targets, mask, _blocks.wide_dtype(logits.dtype))
+    block = _blocks.block_of(logits, kept)
+    out = _targets.masked((block.loss, block.log_normalizer), mask)
     return out, (logits, targets, mask, block)
 
 
 def _cross_entropy_bwd(live, residuals, cotangent):
     live_logits, live_targets, _ = live
     logits, targets, mask, block = residuals
-    prepare = functools.partial(_kept, mask, dtype=block.m.dtype)
-    cotangent = _masked(mask, cotangent)
+    prepare = functools.partial(_targets.kept, mask=mask, dtype=block.m.dtype)
+    cotangent = _targets.masked(cotangent, mask)
     logits_cotangent = targets_cotangent = None
     if live_logits:
         logits_cotangent = _blocks.logits_cotangent(block, logits, prepare(targets), *cotangent)
-        logits_cotangent = _masked(mask, logits_cotangent)
+        logits_cotangent = _targets.masked(logits_cotangent, mask)
     if any(jax.tree.leaves(live_targets)):
         targets_cotangent = _blocks.targets_cotangent(
             block, logits, targets, prepare, cotangent[0]

@@ -5,7 +5,9 @@ Smoothing, mixing and re-weighting are functions from targets to targets.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -163,16 +165,6 @@ def map_masses(
     )
 
 
-def as_dtype(
-    targets: jax.Array | SparseTargets, dtype: jax.typing.DTypeLike
-) -> jax.Array | SparseTargets:
-    """Returns targets whose masses and background are of `dtype`."""
-    targets = map_masses(lambda mass: mass.astype(dtype), targets)
-    if isinstance(targets, SparseTargets) and targets.background is not None:
-        return dataclasses.replace(targets, background=targets.background.astype(dtype))
-    return targets
-
-
 def backgrounds(
     targets: SparseTargets, num_classes: int
 ) -> Iterator[tuple[jax.Array, jax.Array | float]]:
@@ -212,6 +204,23 @@ def expectation(
     return total
 
 
+def masked(tree: Any, mask: jax.Array | None) -> Any:
+    """Returns `tree` with 0 in the examples masked out; its arrays are [...] or [..., K]."""
+    if mask is None:
+        return tree
+    return jax.tree.map(lambda x: jnp.where(expand_like(mask, x), x, 0), tree)
+
+
+def kept(
+    targets: jax.Array | SparseTargets, mask: jax.Array | None, dtype: jax.typing.DTypeLike
+) -> jax.Array | SparseTargets:
+    """Returns targets in the dtype of the arithmetic, without mass where an example is masked out."""
+    targets = map_masses(lambda mass: masked(mass.astype(dtype), mask), targets)
+    if isinstance(targets, SparseTargets) and targets.background is not None:
+        return dataclasses.replace(targets, background=targets.background.astype(dtype))
+    return targets
+
+
 def background_over(targets: SparseTargets, num_classes: int) -> jax.Array:
     """Returns the background's mass on every class, [..., V], or [..., 1] where it is uniform."""
     total = jnp.zeros((*targets.indices.shape[:-1], 1), targets.weights.dtype)
@@ -227,6 +236,18 @@ def mass_at(targets: SparseTargets, classes: jax.Array, num_classes: int) -> jax
     for mass, distribution in backgrounds(targets, num_classes):
         total += mass[..., None] * jnp.broadcast_to(distribution, num_classes)[classes]
     return total
+
+
+def is_heaviest(targets, prediction, num_classes):
+    """Returns whether no class holds more target mass than `prediction` does."""
+    if not isinstance(targets, SparseTargets):
+        held = jnp.take_along_axis(targets, prediction[..., None], axis=-1)[..., 0]
+        return held == targets.max(-1)
+
+    heaviest = mass_at(targets, targets.indices, num_classes).max(-1, initial=0)
+    background = background_over(targets, num_classes)  # It may be the heaviest alone.
+    heaviest = jnp.maximum(heaviest, jnp.max(background, axis=-1))
+    return mass_at(targets, prediction[..., None], num_classes)[..., 0] >= heaviest
 
 
 def put_at(x: jax.Array, indices: jax.Array, values: jax.Array) -> jax.Array:
@@ -486,6 +507,37 @@ def _rows_and(indices: jax.Array) -> tuple[jax.Array, ...]:
     return (*rows, indices)
 
 
+def flattened(targets: jax.Array | SparseTargets) -> jax.Array | SparseTargets:
+    """Returns targets with one axis of examples."""
+    size = math.prod(batch_of(targets))
+
+    def flatten(x, axes):
+        return None if x is None else x.reshape(size, *x.shape[x.ndim - axes :])
+
+    if not isinstance(targets, SparseTargets):
+        return flatten(targets, 1)
+    stacked = targets.background is not None and targets.background.ndim == 2
+    return SparseTargets(
+        flatten(targets.indices, 1),
+        flatten(targets.weights, 1),
+        flatten(targets.background_mass, int(stacked)),
+        targets.background,
+    )
+
+
+def heaviest_class(targets: jax.Array | SparseTargets, num_classes: int) -> jax.Array:
+    """Returns the class of the largest mass, int32[...]: for labels, the label itself.
+
+    Of sparse targets it is one of the K, or 0 where there is none.
+    """
+    if not isinstance(targets, SparseTargets):
+        return jnp.argmax(targets, axis=-1).astype(jnp.int32)
+    if targets.indices.shape[-1] == 0:
+        return jnp.zeros(batch_of(targets), jnp.int32)
+    best = jnp.argmax(mass_at(targets, targets.indices, num_classes), axis=-1)
+    return jnp.take_along_axis(targets.indices, best[..., None], axis=-1)[..., 0]
+
+
 def batch_of(targets: jax.Array | SparseTargets) -> tuple[int, ...]:
     """Returns the shape of one loss per example."""
     array = targets.indices if isinstance(targets, SparseTargets) else targets
@@ -495,3 +547,34 @@ def batch_of(targets: jax.Array | SparseTargets) -> tuple[int, ...]:
 def expand_like(x: jax.Array, other: jax.Array) -> jax.Array:
     """Returns x with axes of size 1 at its end, to stand against `other`."""
     return x.reshape(x.shape + (1,) * (other.ndim - x.ndim))
+
+
+def targets_of_block(
+    targets: jax.Array | SparseTargets,
+    start: jax.typing.ArrayLike,
+    size: int,
+    num_classes: int,
+) -> jax.Array | SparseTargets:
+    """Returns the mass on the classes [start, start + size) as targets of those classes alone.
+
+    Blocks that cut [0, num_classes) up hold all the mass between them, each part once. Sparse
+    indices must be valid, as `invalid_as_nan` leaves them.
+
+    Args:
+      targets: Dense [..., V], or SparseTargets.
+      start: The block's first class, an int32 scalar that may be traced.
+      size: How many classes; start + size ≤ V.
+      num_classes: V.
+    """
+    if not isinstance(targets, SparseTargets):
+        return jax.lax.dynamic_slice_in_dim(targets, start, size, axis=-1)
+    indices = targets.indices - start
+    inside = is_valid(indices, size)
+    mass, background = targets.background_mass, targets.background
+    if mass is not None and background is None:
+        mass = mass * (size / num_classes)
+    elif background is not None:
+        background = jax.lax.dynamic_slice_in_dim(background, start, size, axis=-1)
+    return SparseTargets(
+        jnp.clip(indices, 0, size - 1), jnp.where(inside, targets.weights, 0), mass, background
+    )

@@ -1,0 +1,369 @@
+"""The two ways from inputs and kernel to losses and gradients without [N, V] logits.
+
+    z = transform(inputs @ kernel + bias),   loss(z, t) as in `_blocks`
+
+* Kept: over chunks of tokens, the logits of one chunk are made block by block, kept until its
+  log-normalizer is known, and turned into gradients at once, in the forward pass. Three matmuls.
+  It needs every loss's cotangent beforehand, which a sum over tokens gives, and a float32
+  accumulator of the kernel's gradient.
+* Recomputed: over blocks of the vocabulary, once forward for the log-normalizers, and once more
+  backward for the gradients. Four matmuls. It gives one loss per token, serves any cotangent, and
+  each block of the kernel's gradient is written once.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from xentjax import _blocks, _targets
+from xentjax._blocks import Block, wide_dtype
+from xentjax._custom_vjp import custom_vjp
+from xentjax._targets import SparseTargets
+
+
+@dataclasses.dataclass(frozen=True)
+class Head:
+    """What is static about a head: its layout, and how much of it is in memory at once."""
+
+    class_axis: int  # The axis of the kernel that counts classes.
+    transform: Callable[..., jax.Array]  # (raw logits, *constants) -> logits, elementwise.
+    tokens: int  # Tokens in a chunk.
+    classes: int  # Classes in a block.
+    keeps_logits: bool  # Whether there is memory for the way that keeps them.
+    with_stats: bool = False
+
+
+class Params(NamedTuple):
+    """What makes logits of inputs, or the cotangents of these (None where not asked for)."""
+
+    kernel: Any
+    bias: Any
+    constants: Any  # A list: what the transform closes over.
+
+
+def make_losses(head: Head) -> Callable[..., tuple[jax.Array, ...]]:
+    """Returns (inputs [N, D], Params, targets, mask) -> four arrays [N].
+
+    They are losses and log-normalizers; then, if stats are asked for, predictions (as floats, exact
+    below 2²⁴ classes) and surprisals of the heaviest target class, which have no derivative.
+    """
+    return _rule(head, _losses_fwd, _losses_bwd)
+
+
+def make_total(head: Head) -> Callable[..., jax.Array]:
+    """Returns (inputs, Params, targets, mask, coefficients [N]) -> Σ_n coefficients_n · loss_n."""
+    return _rule(head, _total_fwd, _total_bwd)
+
+
+def _rule(head, fwd, bwd):
+    fwd, bwd = functools.partial(fwd, head), functools.partial(bwd, head)
+    return custom_vjp(lambda *args: fwd(jax.tree.map(lambda _: False, args), *args)[0], fwd, bwd)
+
+
+# Recomputed: one loss per token.
+
+
+def _losses_fwd(head, live, inputs, params, targets, mask):
+    del live
+    num_tokens, num_classes = inputs.shape[0], params.kernel.shape[head.class_axis]
+
+    def on_tokens(first, length, out):
+        x, t, keep = _tokens((inputs, targets, mask), first, length)
+
+        def on_classes(start, size, carry):
+            block, stats = carry
+            p, t_block = _of_classes(head, params, t, keep, start, size)
+            logits = head.transform(_raw_logits(head, x, p), *p.constants)
+            new = _blocks.block_of(logits, t_block)
+            if head.with_stats:
+                stats = _merge_stats(head, stats, block, params, logits, t, start)
+            return _blocks.merge(block, new), stats
+
+        return _put(out, _for_each(num_classes, head.classes, on_classes, _no_classes(head, x)), first)
+
+    block, stats = _for_each(num_tokens, head.tokens, on_tokens, _no_classes(head, inputs))
+    stats = (stats.prediction, stats.label.loss) if head.with_stats else (None, None)
+    out = (block.loss, block.log_normalizer, *jax.lax.stop_gradient(stats))
+    return out, (inputs, params, targets, mask, block)
+
+
+class _Stats(NamedTuple):
+    """What is known of the classes so far, beside their Block."""
+
+    prediction: jax.Array  # As a float: exact below 2²⁴ classes.
+    label: Block  # Under the target that is the heaviest class alone.
+
+
+def _merge_stats(head, stats, block, params, logits, targets, start):
+    """Returns the stats of the classes so far, whose Block is `block`, and of those of logits."""
+    num_classes = params.kernel.shape[head.class_axis]
+    heaviest = _targets.heaviest_class(targets, num_classes)[:, None]
+    label = SparseTargets(heaviest, jnp.ones(heaviest.shape, block.m.dtype))
+    label = _targets.targets_of_block(label, start, logits.shape[-1], num_classes)
+    best = (start + jnp.argmax(logits, axis=-1)).astype(block.m.dtype)
+    prediction = jnp.where(logits.max(-1) > block.m, best, stats.prediction)
+    return _Stats(prediction, _blocks.merge(stats.label, _blocks.block_of(logits, label)))
+
+
+def _losses_bwd(head, live, residuals, cotangent):
+    inputs, params, targets, mask, block = residuals
+    num_tokens, num_classes = inputs.shape[0], params.kernel.shape[head.class_axis]
+    live_inputs, live_params, live_targets, _ = live
+
+    def on_classes(start, size, carry):
+        sum_inputs, all_params = carry
+        p_block = _params_of_classes(head, params, start, size)
+
+        def on_tokens(first, length, carry):
+            sum_inputs, sum_params = carry
+            rows = (inputs, targets, mask, block, cotangent[:2])
+            x, t, keep, b, ct = _tokens(rows, first, length)
+            p, t_block = _of_classes(head, params, t, keep, start, size)
+            dx, dp = _pull_back(head, live, x, p, _raw_logits(head, x, p), b, t_block, ct)
+            return _add(sum_inputs, dx, first), jax.tree.map(jnp.add, sum_params, dp)
+
+        zeros = _zeros_of(live_params, p_block, inputs)
+        carry = _for_each(num_tokens, head.tokens, on_tokens, (sum_inputs, zeros))
+        sum_inputs, of_block = carry
+        return sum_inputs, Params(
+            kernel=_put(all_params.kernel, of_block.kernel, start, head.class_axis),
+            bias=_put(all_params.bias, of_block.bias, start),
+            constants=jax.tree.map(jnp.add, all_params.constants, of_block.constants),
+        )
+
+    carry = (_zeros_of(live_inputs, inputs, inputs), _zeros_of(live_params, params, inputs, own=True))
+    inputs_cotangent, params_cotangent = carry
+    if any(jax.tree.leaves((live_inputs, live_params))):
+        carry = _for_each(num_classes, head.classes, on_classes, carry)
+        inputs_cotangent, params_cotangent = _cast_like(carry, (inputs, params))
+    targets_cotangent = None
+    if any(jax.tree.leaves(live_targets)):
+
+        def losses(targets):
+            return _losses_fwd(head, live, inputs, params, targets, mask)[0][0]
+
+        (targets_cotangent,) = jax.vjp(losses, targets)[1](cotangent[0])
+    return inputs_cotangent, params_cotangent, targets_cotangent, None
+
+
+# Kept: a sum over tokens.
+
+
+def _keeps_logits(head, live):
+    """Returns whether gradients are made in the forward pass: some of inputs, kernel and bias."""
+    live_inputs, live_params, live_targets, _, _ = live
+    others = jax.tree.leaves((live_params.constants, live_targets))
+    wanted = (live_inputs, live_params.kernel, live_params.bias)
+    return head.keeps_logits and not any(others) and any(jax.tree.leaves(wanted))
+
+
+def _total_fwd(head, live, inputs, params, targets, mask, coefficients):
+    args = (inputs, params, targets, mask)
+    if not _keeps_logits(head, live):
+        (losses, *_), residuals = _losses_fwd(head, live[:4], *args)
+        return jnp.sum(_targets.times_mass(coefficients, losses)), (residuals, losses, coefficients)
+    # Gradients are of losses times coefficients of at most 1: in float16, 1 / N would underflow.
+    largest = jax.lax.stop_gradient(jnp.max(jnp.abs(coefficients), initial=0))
+    scale = jnp.where(largest == 0, 1, largest)
+    losses, cotangents = _losses_and_cotangents(head, live, *args, coefficients / scale)
+    cotangents = jax.tree.map(lambda ct: scale * ct, cotangents)
+    return jnp.sum(_targets.times_mass(coefficients, losses)), (
+        _cast_like(cotangents, (inputs, params)),
+        losses,
+        coefficients,
+    )
+
+
+def _total_bwd(head, live, residuals, cotangent):
+    residuals, losses, coefficients = residuals
+    if _keeps_logits(head, live):
+        times = jax.tree.map(lambda ct: (cotangent * ct).astype(ct.dtype), residuals)
+        return (*times, None, None, cotangent * losses)
+    loss_cotangent = cotangent * coefficients
+    each = (loss_cotangent, jnp.zeros_like(loss_cotangent))
+    return (*_losses_bwd(head, live[:4], residuals, each), cotangent * losses)
+
+
+def _losses_and_cotangents(head, live, inputs, params, targets, mask, coefficients):
+    """Returns (losses [N], cotangents of (inputs, params) of Σ_n coefficients_n · loss_n)."""
+    num_tokens, num_classes = inputs.shape[0], params.kernel.shape[head.class_axis]
+    live_inputs, live_params = live[:2]
+
+    def on_tokens(first, length, carry):
+        losses, all_inputs, sum_params = carry
+        x, t, keep, c = _tokens((inputs, targets, mask, coefficients), first, length)
+
+        def make_logits(start, size, carry):
+            kept, block = carry
+            p, t_block = _of_classes(head, params, t, keep, start, size)
+            raw = _raw_logits(head, x, p)
+            new = _blocks.block_of(head.transform(raw, *p.constants), t_block)
+            return _put(kept, raw, start, 1), _blocks.merge(block, new)
+
+        dtype = wide_dtype(params.kernel.dtype, inputs.dtype)
+        kept = _zeros((length, num_classes), dtype, x)
+        carry = (kept, _no_classes(head, x)[0])
+        kept, block = _for_each(num_classes, head.classes, make_logits, carry)
+
+        def use_logits(start, size, carry):
+            sum_inputs, sum_params = carry
+            p, t_block = _of_classes(head, params, t, keep, start, size)
+            raw = jax.lax.dynamic_slice_in_dim(kept, start, size, 1)
+            ct = (c, jnp.zeros_like(c))
+            dx, dp = _pull_back(head, live, x, p, raw, block, t_block, ct)
+            return jax.tree.map(jnp.add, sum_inputs, dx), Params(
+                kernel=_add(sum_params.kernel, dp.kernel, start, head.class_axis),
+                bias=_add(sum_params.bias, dp.bias, start),
+                constants=sum_params.constants,  # None, each: else the logits are not kept.
+            )
+
+        carry = (_zeros_of(live_inputs, x, x), sum_params)
+        dx, sum_params = _for_each(num_classes, head.classes, use_logits, carry)
+        return _put(losses, block.loss, first), _put(all_inputs, dx, first), sum_params
+
+    losses = _zeros(inputs.shape[:1], wide_dtype(params.kernel.dtype, inputs.dtype), inputs)
+    sum_params = _zeros_of(live_params, params, inputs)
+    carry = (losses, _zeros_of(live_inputs, inputs, inputs, own=True), sum_params)
+    losses, *cotangents = _for_each(num_tokens, head.tokens, on_tokens, carry)
+    return losses, tuple(cotangents)
+
+
+# What both are made of.
+
+
+def _raw_logits(head, inputs, params):
+    """Returns inputs @ kernel + bias, summed in float32."""
+    raw = _dot(inputs, params.kernel, 1, 1 - head.class_axis)
+    return raw if params.bias is None else raw + params.bias.astype(raw.dtype)
+
+
+def _pull_back(head, live, inputs, params, raw, block, targets, cotangent):
+    """Returns the cotangents of (inputs, params) by the classes of one block, in float32.
+
+    `raw` are the block's logits before the transform, `block` is of all classes, and `cotangent`
+    that of (losses, log-normalizers).
+    """
+    live_inputs, live_params = live[:2]
+    logits, transpose = jax.vjp(head.transform, raw, *params.constants)
+    raw_cotangent, *constants = transpose(
+        _blocks.logits_cotangent(block, logits, targets, *cotangent)
+    )
+    operand = raw_cotangent.astype(jnp.promote_types(inputs.dtype, params.kernel.dtype))
+    pair = (operand, inputs) if head.class_axis == 0 else (inputs, operand)
+    return _dot(operand, params.kernel, 1, head.class_axis) if live_inputs else None, Params(
+        kernel=_dot(*pair, 0, 0) if live_params.kernel else None,
+        bias=raw_cotangent.sum(0) if live_params.bias else None,
+        constants=[
+            c if wanted else None for c, wanted in zip(constants, live_params.constants, strict=True)
+        ],
+    )
+
+
+def _dot(a, b, a_axis, b_axis):
+    """Contracts two matrices: operands in their common dtype, the sum in float32 at least."""
+    dtype = jnp.promote_types(a.dtype, b.dtype)
+    axes = (((a_axis,), (b_axis,)), ((), ()))
+    return jax.lax.dot_general(
+        a.astype(dtype), b.astype(dtype), axes, preferred_element_type=wide_dtype(dtype)
+    )
+
+
+def _of_classes(head, params, targets, mask, start, size):
+    """Returns (params, targets) of classes [start, start + size), targets ready for arithmetic."""
+    num_classes = params.kernel.shape[head.class_axis]
+    targets = _targets.targets_of_block(targets, start, size, num_classes)
+    dtype = wide_dtype(params.kernel.dtype)
+    return _params_of_classes(head, params, start, size), _targets.kept(targets, mask, dtype)
+
+
+def _params_of_classes(head, params, start, size):
+    """Returns the params of classes [start, start + size)."""
+    kernel, bias = params.kernel, params.bias
+    if size < kernel.shape[head.class_axis]:
+        kernel = jax.lax.dynamic_slice_in_dim(kernel, start, size, head.class_axis)
+        bias = bias if bias is None else jax.lax.dynamic_slice_in_dim(bias, start, size, 0)
+    # Without the barrier XLA converts the dtype of the whole kernel before the loop.
+    return Params(jax.lax.optimization_barrier(kernel), bias, params.constants)
+
+
+def _tokens(tree, first, length):
+    """Returns tokens [first, first + length) of every array of `tree`."""
+
+    def cut(x):
+        if isinstance(x, SparseTargets):
+            rows = cut_all((x.indices, x.weights, x.background_mass))
+            return SparseTargets(*rows, x.background)
+        if x.shape[0] == length:
+            return x
+        return jax.lax.dynamic_slice_in_dim(x, first, length, 0)
+
+    def cut_all(tree):
+        return jax.tree.map(cut, tree, is_leaf=lambda x: isinstance(x, SparseTargets))
+
+    return cut_all(tree)
+
+
+def _for_each(size: int, chunk: int, body: Callable[[Any, int, Any], Any], carry: Any) -> Any:
+    """Returns carry after carry = body(start, length, carry) along [0, size), `chunk` at a time.
+
+    A shorter last piece is a body of its own: nothing is padded, so nothing has to be masked.
+    """
+    count, remainder = divmod(size, chunk)
+    full = jax.checkpoint(lambda carry, start: (body(start, chunk, carry), None))
+    if count == 1:
+        carry, _ = full(carry, 0)
+    elif count > 1:
+        carry, _ = jax.lax.scan(full, carry, jnp.arange(count) * chunk)
+    return body(count * chunk, remainder, carry) if remainder else carry
+
+
+def _put(tree: Any, parts: Any, start: Any, axis: int = 0) -> Any:
+    """Returns `tree` with `parts`, cast to its dtypes, at `start` of `axis` of every array."""
+
+    def put(x, part):
+        return jax.lax.dynamic_update_slice_in_dim(x, part.astype(x.dtype), start, axis)
+
+    return jax.tree.map(put, tree, parts)
+
+
+def _add(total: Any, part: Any, start: Any, axis: int = 0) -> Any:
+    """Returns `total` with `part` added at `start` of `axis`; None stays None."""
+    if total is None:
+        return None
+    here = jax.lax.dynamic_slice_in_dim(total, start, part.shape[axis], axis)
+    return _put(total, here + part, start, axis)
+
+
+def _zeros(shape: Sequence[int], dtype: Any, like: jax.Array) -> jax.Array:
+    """Returns zeros that vary over the mesh axes `like` varies over, as the carry of a loop must."""
+    zero = jnp.where(False, like.ravel()[:1].sum(), 0).astype(dtype)
+    return jnp.broadcast_to(zero, shape)
+
+
+def _zeros_of(live: Any, tree: Any, like: jax.Array, own: bool = False) -> Any:
+    """Returns zeros for the live arrays of `tree`, in float32 or in their own dtype; else None."""
+
+    def zeros(wanted, x):
+        return _zeros(x.shape, x.dtype if own else wide_dtype(x.dtype), like) if wanted else None
+
+    return jax.tree.map(zeros, live, tree)
+
+
+def _no_classes(head: Head, inputs: jax.Array) -> tuple[Block, _Stats | None]:
+    """Returns the Block of no classes at all, for each of the inputs, and the stats if wanted."""
+    zeros = _zeros(inputs.shape[:1], wide_dtype(inputs.dtype), inputs)
+    block = Block(zeros - jnp.inf, zeros, zeros, zeros, zeros)
+    return block, _Stats(zeros, block) if head.with_stats else None
+
+
+def _cast_like(tree: Any, like: Any) -> Any:
+    """Returns the arrays of `tree` in the dtypes of those of `like`; None stays None."""
+
+    def cast(x, y):
+        return None if x is None else x.astype(y.dtype)
+
+    return jax.tree.map(cast, tree, like, is_leaf=lambda x: x is None)

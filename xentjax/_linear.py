@@ -1,0 +1,341 @@
+"""Cross-entropy from the layer before the logits, for vocabularies whose logits are too large."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, ArrayLike, Bool, Float, Int
+
+from xentjax import _checks, _head, _targets
+from xentjax._blocks import wide_dtype
+from xentjax._head import Head, Params
+from xentjax._reduction import WeightedSum
+from xentjax._targets import SparseTargets, Targets
+
+LogitTransform = Callable[[jax.Array], jax.Array]
+"""An elementwise function of logits."""
+
+
+class LinearStats(NamedTuple):
+    """What the fused head knows beside the loss; each of the loss's shape.
+
+    Attributes:
+      log_normalizer: lse(z) = log Σ_v exp(z_v), in nats; differentiable.
+      prediction: The class of the largest logit (the first of several), int32.
+      correct: Whether the prediction is a class of the heaviest target mass.
+      label_log_probability: log softmax(z) at the heaviest target class, which is the label where
+        there is one; in nats; not differentiable (the loss is).
+    """
+
+    log_normalizer: Float[Array, "*batch"]
+    prediction: Int[Array, "*batch"]
+    correct: Bool[Array, "*batch"]
+    label_log_probability: Float[Array, "*batch"]
+
+
+def linear_softmax_cross_entropy(
+    inputs: ArrayLike,
+    kernel: ArrayLike,
+    targets: Targets,
+    *,
+    bias: ArrayLike | None = None,
+    class_axis: int = -1,
+    where: ArrayLike | None = None,
+    weights: ArrayLike | None = None,
+    reduction: Literal["mean", "sum", "none"] = "mean",
+    logit_transform: LogitTransform | None = None,
+    memory_budget: int | None = None,
+) -> Float[Array, "*batch"]:
+    """Cross-entropy of the logits inputs @ kernel + bias, which are never all in memory.
+
+    loss = Σ_v t_v · (lse(z) − z_v),   z = logit_transform(inputs @ kernel + bias)
+
+    Equal to `softmax_cross_entropy` of those logits, and differentiable as often, with the logits
+    made and used block by block. bfloat16 and float16 operands are multiplied as they are and
+    summed in float32, forward and backward. For a mean or sum, gradients to inputs, kernel and bias
+    are made in the forward pass (three matmuls in all) if the memory budget allows; otherwise
+    logits are made again in the backward pass (four).
+
+    Args:
+      inputs: The features of each token, float[..., D].
+      kernel: float[D, V]; or float[V, D], as of an embedding that is tied, with class_axis=0. It is
+        not transposed in memory.
+      targets: Labels int[...], dense float[..., V], or SparseTargets, of the batch of inputs.
+      bias: float[V].
+      class_axis: The axis of the kernel that counts classes: 0, or 1 or −1.
+      where: Tokens to keep, bool[...]; the others have loss and gradient 0.
+      weights: Of each token's loss, float[...].
+      reduction: "mean" is Σ w · loss / Σ w over the tokens kept (0 if there are none), "sum" is
+        Σ w · loss, "none" is w · loss for each token.
+      logit_transform: An elementwise function of the logits, such as `soft_cap(30.0)`; what it
+        closes over is differentiated too.
+      memory_budget: Bytes for temporaries beside the gradients, which less may exceed by the
+        smallest blocks that make sense. None takes half a GiB of logits, and the float32
+        accumulator of the kernel's gradient where there is one.
+
+    Returns:
+      A scalar, or losses float[...] without reduction; nats, float32 (float64 for float64).
+
+    Raises:
+      TypeError: An array is not floating-point, or where is not bool.
+      ValueError: Shapes do not fit, or an option is none of those above.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import xentjax
+      >>> inputs, kernel, labels = jnp.eye(2), jnp.array([[2.0, 0, 0], [0, 0, 0]]), jnp.array([0, 1])
+      >>> loss = xentjax.linear_softmax_cross_entropy(inputs, kernel, labels)
+      >>> print(loss, xentjax.softmax_cross_entropy(inputs @ kernel, labels).mean())
+      0.669074 0.669074
+
+    Source:
+      Wijmans et al., Cut Your Losses in Large-Vocabulary Language Models, 2025, section 4.
+    """
+    _checks.check(
+        reduction in ("mean", "sum", "none"),
+        f'reduction: expected "mean", "sum" or "none", got {reduction!r}',
+    )
+    call = _prepare(
+        inputs, kernel, targets, bias, class_axis, where, logit_transform, memory_budget
+    )
+    weights = jnp.ones(call.batch) if weights is None else jnp.asarray(weights)
+    _checks.check_floating("weights", weights)
+    _checks.check_shape("weights", weights, call.batch, "the batch of inputs")
+    weights = _targets.masked(weights.reshape(-1).astype(call.dtype), call.mask)
+    if reduction == "none":
+        losses, *_ = _head.make_losses(call.head)(*call.args)
+        return _targets.times_mass(weights, losses).reshape(call.batch)
+    if reduction == "mean":
+        one = jnp.ones((), call.dtype)
+        weights = weights * WeightedSum(one, weights.sum()).mean()
+    return _head.make_total(call.head)(*call.args, weights)
+
+
+def linear_softmax_cross_entropy_with_stats(
+    inputs: ArrayLike,
+    kernel: ArrayLike,
+    targets: Targets,
+    *,
+    bias: ArrayLike | None = None,
+    class_axis: int = -1,
+    where: ArrayLike | None = None,
+    logit_transform: LogitTransform | None = None,
+    memory_budget: int | None = None,
+) -> tuple[Float[Array, "*batch"], LinearStats]:
+    """`linear_softmax_cross_entropy`, one loss per token, and what the logits told on the way.
+
+    loss = Σ_v t_v · (lse(z) − z_v);   a z-loss is loss + c · log_normalizer²
+
+    Args:
+      inputs: The features of each token, float[..., D].
+      kernel: float[D, V], or float[V, D] with class_axis=0.
+      targets: Labels int[...], dense float[..., V], or SparseTargets, of the batch of inputs.
+      bias: float[V].
+      class_axis: The axis of the kernel that counts classes: 0, or 1 or −1.
+      where: Tokens to keep, bool[...]; of the others everything is 0.
+      logit_transform: An elementwise function of the logits.
+      memory_budget: Bytes for temporaries beside the gradients; None takes half a GiB.
+
+    Returns:
+      (losses, LinearStats), each of the batch's shape.
+
+    Raises:
+      TypeError, ValueError: As `linear_softmax_cross_entropy`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import xentjax
+      >>> inputs, kernel, labels = jnp.eye(2), jnp.array([[2.0, 0, 0], [0, 0, 1]]), jnp.array([0, 1])
+      >>> loss, stats = xentjax.linear_softmax_cross_entropy_with_stats(inputs, kernel, labels)
+      >>> print(stats.prediction, stats.correct, stats.label_log_probability)
+      [0 2] [ True False] [-0.239551 -1.551445]
+
+    Source:
+      Wijmans et al., Cut Your Losses in Large-Vocabulary Language Models, 2025, section 4.
+    """
+    call = _prepare(
+        inputs, kernel, targets, bias, class_axis, where, logit_transform, memory_budget
+    )
+    targets, params = call.args[2], call.args[1]
+    num_classes = params.kernel.shape[call.head.class_axis]
+    head = dataclasses.replace(call.head, with_stats=True)
+    losses, log_normalizer, prediction, surprisal = _head.make_losses(head)(*call.args)
+    prediction = prediction.astype(jnp.int32)
+    stats = LinearStats(
+        log_normalizer,
+        prediction,
+        _targets.is_heaviest(targets, prediction, num_classes),
+        jnp.where(jnp.isnan(losses), losses, -surprisal),
+    )
+    stats = LinearStats(*(_targets.masked(x, call.mask).reshape(call.batch) for x in stats))
+    return losses.reshape(call.batch), stats
+
+
+def soft_cap(cap: ArrayLike) -> LogitTransform:
+    """Returns the logit transform that keeps logits within (−cap, cap).
+
+    z -> cap · tanh(z / cap)
+
+    Args:
+      cap: A positive scalar; it may be traced and differentiated.
+
+    Returns:
+      An elementwise function of logits.
+
+    Raises:
+      ValueError: cap is not positive.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import xentjax
+      >>> print(xentjax.soft_cap(30.0)(jnp.array([0.0, 30.0, 1000.0])))
+      [ 0.       22.847824 30.      ]
+
+    Source:
+      Gemma Team, Gemma 2, 2024, section 2.
+    """
+    _checks.check_interval("cap", cap, np.finfo(np.float64).tiny, np.inf)
+    return lambda logits: cap * jnp.tanh(logits / cap)
+
+
+def temperature(tau: ArrayLike) -> LogitTransform:
+    """Returns the logit transform that divides by a temperature.
+
+    z -> z / tau
+
+    Args:
+      tau: A positive scalar; it may be traced and differentiated.
+
+    Returns:
+      An elementwise function of logits.
+
+    Raises:
+      ValueError: tau is not positive.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import xentjax
+      >>> print(xentjax.temperature(2.0)(jnp.array([1.0, 4.0])))
+      [0.5 2. ]
+
+    Source:
+      Hinton et al., Distilling the Knowledge in a Neural Network, 2015, section 2.
+    """
+    _checks.check_interval("tau", tau, np.finfo(np.float64).tiny, np.inf)
+    return lambda logits: logits / tau
+
+
+class _Call(NamedTuple):
+    """A head, and what it is called with: one axis of tokens."""
+
+    head: Head
+    args: tuple  # inputs [N, D], Params, targets of N, mask [N] or None.
+    mask: jax.Array | None
+    batch: tuple[int, ...]
+    dtype: jnp.dtype
+
+
+def _prepare(inputs, kernel, targets, bias, class_axis, where, transform, memory_budget):
+    """Checks the arguments, all at trace time, and returns the _Call that they make."""
+    inputs, kernel = jnp.asarray(inputs), jnp.asarray(kernel)
+    _checks.check_floating("inputs", inputs)
+    _checks.check_floating("kernel", kernel)
+    _checks.check(
+        inputs.ndim >= 1,
+        f"inputs: expected shape [..., D], got {_checks.describe(inputs)}",
+    )
+    _checks.check(
+        kernel.ndim == 2,
+        f"kernel: expected shape [D, V], or [V, D] with class_axis=0, got "
+        f"{_checks.describe(kernel)}",
+    )
+    _checks.check(
+        class_axis in (-2, -1, 0, 1), f"class_axis: expected −2, −1, 0 or 1, got {class_axis!r}"
+    )
+    class_axis %= 2
+    (*batch, features), num_classes = inputs.shape, kernel.shape[class_axis]
+    batch = tuple(batch)
+    _checks.check(
+        kernel.shape[1 - class_axis] == features and num_classes > 0,
+        f"kernel: expected {features} features (those of inputs) on axis {1 - class_axis} and at "
+        f"least one class on axis {class_axis}, got {_checks.describe(kernel)}",
+    )
+    if bias is not None:
+        bias = jnp.asarray(bias)
+        _checks.check_floating("bias", bias)
+        _checks.check_shape("bias", bias, (num_classes,), "the classes of kernel")
+    targets = _targets.as_targets(targets)
+    _targets.check_targets(targets, batch, num_classes)
+    mask = None
+    if where is not None:
+        where = jnp.asarray(where)
+        _checks.check_bool("where", where)
+        _checks.check_shape("where", where, batch, "the batch of inputs")
+        mask = where.reshape(-1)
+    if isinstance(targets, SparseTargets):
+        _checks.check_labels(targets.indices, num_classes, where)
+        targets = _targets.invalid_as_nan(targets, num_classes)
+    num_tokens = math.prod(batch)
+    targets = _targets.flattened(targets)
+    inputs = _targets.masked(inputs.reshape(num_tokens, features), mask)
+    dtype = wide_dtype(inputs.dtype, kernel.dtype)
+    transform, constants = _converted(transform, dtype)
+    plan = _plan(num_tokens, features, num_classes, dtype.itemsize, memory_budget)
+    head = Head(class_axis, transform, *plan)
+    return _Call(head, (inputs, Params(kernel, bias, constants), targets, mask), mask, batch, dtype)
+
+
+def _identity(logits):
+    return logits
+
+
+def _converted(transform, dtype):
+    """Returns (transform(logits, *constants), constants): what it closes over as arguments."""
+    if transform is None:
+        return _identity, []
+    _checks.check(
+        callable(transform), f"logit_transform: expected a function, got {transform!r}", TypeError
+    )
+    example = jax.ShapeDtypeStruct((1, 1), dtype)
+    out = jax.eval_shape(transform, example)
+    _checks.check(
+        out.shape == example.shape and out.dtype == dtype,
+        f"logit_transform: expected an elementwise function, {_checks.describe(example)} to the "
+        f"same, got {_checks.describe(out)}",
+    )
+    return jax.closure_convert(transform, example)
+
+
+def _plan(num_tokens, features, num_classes, itemsize, memory_budget):
+    """Returns (tokens in a chunk, classes in a block, whether logits can be kept)."""
+    _checks.check(
+        memory_budget is None or (isinstance(memory_budget, int) and memory_budget >= 0),
+        f"memory_budget: expected a number of bytes or None, got {memory_budget!r}",
+    )
+    accumulator = itemsize * features * num_classes
+    budget = _DEFAULT_BUDGET if memory_budget is None else max(memory_budget - accumulator, 0)
+    row = itemsize * num_classes
+    tokens = budget // 2 // row  # Half is for the logits that are kept.
+    keeps_logits = tokens >= min(num_tokens, _FEWEST)
+    if not keeps_logits:
+        budget = _DEFAULT_BUDGET if memory_budget is None else memory_budget
+        tokens = _ENOUGH
+    tokens = _even(num_tokens, tokens)
+    # A block has a few arrays of [tokens, classes], and of [features, classes].
+    classes = budget // 4 // (itemsize * (2 * tokens + features))
+    return tokens, _even(num_classes, classes), keeps_logits
+
+
+# Half a GiB of logits is where a larger matmul is no longer a faster one; 128 tokens or classes
+# are few enough for the smallest memory, and 1024 enough that reading the kernel costs little.
+_DEFAULT_BUDGET, _FEWEST, _ENOUGH = 2**29, 128, 1024
+
+
+def _even(size: int, chunk: int) -> int:
+    """Returns a chunk of about `chunk`, not below 128, that cuts `size` into even pieces."""
+    count = max(1, math.ceil(size / max(chunk, _FEWEST)))
+    return min(size, math.ceil(size / count / _FEWEST) * _FEWEST)
