@@ -284,10 +284,29 @@ def _params_of_classes(head, params, start, size):
     """Returns the params of classes [start, start + size)."""
     kernel, bias = params.kernel, params.bias
     if size < kernel.shape[head.class_axis]:
-        kernel = jax.lax.dynamic_slice_in_dim(kernel, start, size, head.class_axis)
+        kernel = _slice(kernel, start, size, head.class_axis)
         bias = bias if bias is None else jax.lax.dynamic_slice_in_dim(bias, start, size, 0)
-    # Without the barrier XLA converts the dtype of the whole kernel before the loop.
-    return Params(jax.lax.optimization_barrier(kernel), bias, params.constants)
+    return Params(kernel, bias, params.constants)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
+def _slice(kernel, start, size, axis):
+    """Returns [start, start + size) of an axis of the kernel.
+
+    It slices bits, not numbers: XLA's CPU backend multiplies in float32, and would convert all of
+    a bfloat16 kernel before the loop, but a conversion of numbers cannot be moved past this.
+    """
+    kernel, start = jax.lax.optimization_barrier((kernel, start))
+    bits = jax.lax.bitcast_convert_type(kernel, f"uint{8 * kernel.dtype.itemsize}")
+    bits = jax.lax.dynamic_slice_in_dim(bits, start, size, axis)
+    return jax.lax.bitcast_convert_type(bits, kernel.dtype)
+
+
+@_slice.defjvp
+def _slice_jvp(size, axis, primals, tangents):
+    (kernel, start), (tangent, _) = primals, tangents
+    change = jax.lax.dynamic_slice_in_dim(tangent, start, size, axis)
+    return _slice(kernel, start, size, axis), change
 
 
 def _tokens(tree, first, length):

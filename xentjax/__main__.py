@@ -1,0 +1,144 @@
+"""The command line: `python -m xentjax COMMAND`.
+
+A command is a parser made in `_parser`, under the name a user types, and `run(arguments)` in the
+module of that name with an underscore before it. The module is imported when its command is called,
+so that no command needs what only another one uses.
+"""
+
+import argparse
+import importlib
+import io
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+import xentjax
+
+
+class _Parser(argparse.ArgumentParser):
+    """Raises what is wrong with the arguments, for `main` to say in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise argparse.ArgumentError(None, message)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command.
+
+    Args:
+      argv: The words after `python -m xentjax`; None takes those of the process.
+
+    Returns:
+      The exit code: 0, 1 where the command failed, 2 where the arguments are wrong.
+    """
+    words = sys.argv[1:] if argv is None else argv
+    try:
+        # To argparse "-1,2" looks like an option, " -1,2" does not.
+        arguments = _parser().parse_args([re.sub(r"^-(?=\.?\d|inf\b)", " -", w) for w in words])
+        run = _load(arguments.command)
+        return 1 if run is None else run(arguments)
+    except argparse.ArgumentError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _load(command: str) -> Callable[[argparse.Namespace], int] | None:
+    """Returns what runs a command; None, having said so, where a package it uses is missing."""
+    try:
+        return importlib.import_module(f"xentjax._{command}").run
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package == "xentjax":
+            raise
+        needs = f'{command} needs {package}, which is not installed: pip install "xentjax[demo]"'
+        print(f"error: {needs}", file=sys.stderr)
+        return None
+
+
+def _parser() -> argparse.ArgumentParser:
+    """Returns the parser of all commands."""
+    parser = _Parser(prog="python -m xentjax", description=xentjax.__doc__, allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"xentjax {xentjax.__version__}")
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    def add(command: str, summary: str) -> argparse.ArgumentParser:
+        return commands.add_parser(command, help=summary, description=summary, allow_abbrev=False)
+
+    _add_demo_options(
+        add("demo", "Train on handwritten digits with hard labels, smoothed labels and mixup.")
+    )
+    _add_explain_options(
+        add(
+            "explain",
+            "Show how the loss of one prediction comes about, from surprisal to gradient.",
+        )
+    )
+    return parser
+
+
+def _add_demo_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--epochs", type=_number(int, 1, 10_000), default=40, help="passes over the data (40)"
+    )
+    parser.add_argument(
+        "--seed", type=_number(int, 0, 2**32 - 1), default=0, help="of all that is random (0)"
+    )
+    parser.add_argument(
+        "--output", type=_picture, default="xentjax-demo.png", help="the picture (xentjax-demo.png)"
+    )
+
+
+def _add_explain_options(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = (
+        "Example: python -m xentjax explain 0.1,0.2,0.7 --label dog --classes panda,bird,dog"
+    )
+    parser.add_argument("numbers", metavar="NUMBERS", help="one for each class, as in 0.1,0.2,0.7")
+    parser.add_argument(
+        "--label", required=True, help="the class that is true: its name, or its index from 0"
+    )
+    parser.add_argument("--classes", help="the names of the classes, as in panda,bird,dog (0,1,2)")
+    parser.add_argument(
+        "--logits", action="store_true", help="NUMBERS are logits, and not probabilities"
+    )
+    parser.add_argument("--bits", action="store_true", help="count in bits, and not in nats")
+    parser.add_argument(
+        "--smoothing",
+        type=_number(float, 0, 1),
+        default=0.0,
+        metavar="EPS",
+        help="the share of the truth that is spread over all classes (0)",
+    )
+
+
+def _number(kind: type[int] | type[float], low: float, high: float) -> Callable[[str], float]:
+    """Returns what reads a number in [low, high]."""
+
+    def read(text: str) -> float:
+        expected = f"expected {'a whole' if kind is int else 'a'} number from {low} to {high}"
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{expected}, got {text.strip()!r}")
+        return value
+
+    return read
+
+
+def _picture(text: str) -> Path:
+    """Reads the name of a picture that can be written."""
+    path = Path(text)
+    if path.suffix.lower() not in {".png", ".pdf", ".svg"}:
+        raise argparse.ArgumentTypeError(f"expected a name in .png, .pdf or .svg, got {text!r}")
+    if path.is_dir() or not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"expected a file in a folder that exists, got {text!r}")
+    return path
+
+
+if __name__ == "__main__":
+    if isinstance(sys.stdout, io.TextIOWrapper):  # A terminal without Σ shows "?" in its place.
+        sys.stdout.reconfigure(errors="replace")
+    sys.exit(main())
