@@ -275,8 +275,11 @@ def test_residuals_hold_no_more_than_the_logits(form):
 
 
 @pytest.mark.parametrize("form", ["labels", "smoothed", "mixed", "weighted", "two backgrounds"])
-def test_no_one_hot_in_compiled_memory(form):
-    batch, num_classes = 256, 8192
+def test_no_one_hot_in_compiled_memory(form, monkeypatch):
+    monkeypatch.setattr(
+        jax, "device_count", lambda *_: 1
+    )  # As on one device: a few rows at a time.
+    batch, num_classes = 2048, 16384
     targets = target_forms(batch, num_classes)[form]
 
     def loss(z, t):
@@ -288,4 +291,4 @@ def test_no_one_hot_in_compiled_memory(form):
     memory = step.compile().memory_analysis()
     size = batch * num_classes * 4
     assert memory.output_size_in_bytes >= size  # The gradient itself.
-    assert memory.temp_size_in_bytes <= 0.01 * size + 2**16
+    assert memory.temp_size_in_bytes <= 0.05 * size  # A few rows' worth; a one-hot is 1.0.

@@ -21,6 +21,7 @@ cancel to nothing.
 """
 
 import functools
+import math
 from collections.abc import Callable, Hashable
 from typing import NamedTuple
 
@@ -77,18 +78,59 @@ class Block(NamedTuple):
 
 
 def block_of(logits: jax.Array, targets: jax.Array | SparseTargets) -> Block:
-    """Returns the Block of logits [..., V] under the target mass on those V classes."""
+    """Returns the Block of logits [..., V] under the target mass on those V classes.
+
+    XLA's CPU backend writes exp(z) to memory before it sums it. A few rows at a time that is its
+    cache, and the rest of memory is read once: this is the one place where a platform is told
+    apart. What is sharded automatically must not be sliced, so one device it must be.
+    """
+    if logits.size < _LARGE or jax.device_count("cpu") > 1:
+        return _plain_block_of(logits, targets)
+    return jax.lax.platform_dependent(
+        logits, targets, cpu=_block_of_by_rows, default=_plain_block_of
+    )
+
+
+def _block_of_by_rows(logits, targets):
+    """`_plain_block_of`, a few rows at a time."""
+    batch, num_classes = logits.shape[:-1], logits.shape[-1]
+    size = math.prod(batch)
+    logits, targets = logits.reshape(size, num_classes), _targets.flattened(targets)
+    rows = max(1, min(size, _CACHED // num_classes))
+
+    def step(i, block):
+        # A last step that would reach past the end starts early instead, and repeats some rows.
+        first = jnp.minimum(i * rows, size - rows)
+        z, t = _targets.rows_of((logits, targets), first, rows)
+        new = _plain_block_of(jax.lax.optimization_barrier(z), t)
+        return jax.tree.map(
+            lambda x, part: jax.lax.dynamic_update_slice_in_dim(x, part, first, 0), block, new
+        )
+
+    zeros = jnp.zeros_like(logits[:, 0], wide_dtype(logits.dtype))
+    block = jax.lax.fori_loop(0, -(-size // rows), step, Block(*[zeros] * len(Block._fields)))
+    return jax.tree.map(lambda x: x.reshape(batch), block)
+
+
+# 2¹⁸ float32 logits are 1 MiB, a core's second-level cache; up to there a loop gains nothing.
+_LARGE = _CACHED = 2**18
+
+
+def _plain_block_of(logits, targets):
     m, lifted_rest = _max_and_lifted_rest(logits)
     shift = _shift(m)
 
-    def total(cost):
-        return _targets.expectation(targets, logits, lambda z: cost(wide(z)))
+    def total(cost, mean=None):
+        return _targets.expectation(targets, logits, lambda z: cost(wide(z)), mean)
 
+    # The mean of [z < m] is this for one maximum; for several, p > 1/2 holds for no class, and
+    # mass_below is not used.
+    all_but_one = 1 - 1 / logits.shape[-1]
     return Block(
         m=m,
         lifted_rest=lifted_rest,
-        mass=total(jnp.ones_like),
-        mass_below=total(lambda z: (z < shift).astype(z.dtype)),
+        mass=total(jnp.ones_like, mean=1.0),
+        mass_below=total(lambda z: (z < shift).astype(z.dtype), mean=all_but_one),
         excess=total(lambda z: shift - z),
     )
 

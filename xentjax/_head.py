@@ -72,7 +72,7 @@ def _losses_fwd(head, live, inputs, params, targets, mask):
     num_tokens, num_classes = inputs.shape[0], params.kernel.shape[head.class_axis]
 
     def on_tokens(first, length, out):
-        x, t, keep = _tokens((inputs, targets, mask), first, length)
+        x, t, keep = _targets.rows_of((inputs, targets, mask), first, length)
 
         def on_classes(start, size, carry):
             block, stats = carry
@@ -83,7 +83,9 @@ def _losses_fwd(head, live, inputs, params, targets, mask):
                 stats = _merge_stats(head, stats, block, params, logits, t, start)
             return _blocks.merge(block, new), stats
 
-        return _put(out, _for_each(num_classes, head.classes, on_classes, _no_classes(head, x)), first)
+        return _put(
+            out, _for_each(num_classes, head.classes, on_classes, _no_classes(head, x)), first
+        )
 
     block, stats = _for_each(num_tokens, head.tokens, on_tokens, _no_classes(head, inputs))
     stats = (stats.prediction, stats.label.loss) if head.with_stats else (None, None)
@@ -121,7 +123,7 @@ def _losses_bwd(head, live, residuals, cotangent):
         def on_tokens(first, length, carry):
             sum_inputs, sum_params = carry
             rows = (inputs, targets, mask, block, cotangent[:2])
-            x, t, keep, b, ct = _tokens(rows, first, length)
+            x, t, keep, b, ct = _targets.rows_of(rows, first, length)
             p, t_block = _of_classes(head, params, t, keep, start, size)
             dx, dp = _pull_back(head, live, x, p, _raw_logits(head, x, p), b, t_block, ct)
             return _add(sum_inputs, dx, first), jax.tree.map(jnp.add, sum_params, dp)
@@ -135,7 +137,10 @@ def _losses_bwd(head, live, residuals, cotangent):
             constants=jax.tree.map(jnp.add, all_params.constants, of_block.constants),
         )
 
-    carry = (_zeros_of(live_inputs, inputs, inputs), _zeros_of(live_params, params, inputs, own=True))
+    carry = (
+        _zeros_of(live_inputs, inputs, inputs),
+        _zeros_of(live_params, params, inputs, own=True),
+    )
     inputs_cotangent, params_cotangent = carry
     if any(jax.tree.leaves((live_inputs, live_params))):
         carry = _for_each(num_classes, head.classes, on_classes, carry)
@@ -195,7 +200,7 @@ def _losses_and_cotangents(head, live, inputs, params, targets, mask, coefficien
 
     def on_tokens(first, length, carry):
         losses, all_inputs, sum_params = carry
-        x, t, keep, c = _tokens((inputs, targets, mask, coefficients), first, length)
+        x, t, keep, c = _targets.rows_of((inputs, targets, mask, coefficients), first, length)
 
         def make_logits(start, size, carry):
             kept, block = carry
@@ -258,7 +263,8 @@ def _pull_back(head, live, inputs, params, raw, block, targets, cotangent):
         kernel=_dot(*pair, 0, 0) if live_params.kernel else None,
         bias=raw_cotangent.sum(0) if live_params.bias else None,
         constants=[
-            c if wanted else None for c, wanted in zip(constants, live_params.constants, strict=True)
+            c if wanted else None
+            for c, wanted in zip(constants, live_params.constants, strict=True)
         ],
     )
 
@@ -307,23 +313,6 @@ def _slice_jvp(size, axis, primals, tangents):
     (kernel, start), (tangent, _) = primals, tangents
     change = jax.lax.dynamic_slice_in_dim(tangent, start, size, axis)
     return _slice(kernel, start, size, axis), change
-
-
-def _tokens(tree, first, length):
-    """Returns tokens [first, first + length) of every array of `tree`."""
-
-    def cut(x):
-        if isinstance(x, SparseTargets):
-            rows = cut_all((x.indices, x.weights, x.background_mass))
-            return SparseTargets(*rows, x.background)
-        if x.shape[0] == length:
-            return x
-        return jax.lax.dynamic_slice_in_dim(x, first, length, 0)
-
-    def cut_all(tree):
-        return jax.tree.map(cut, tree, is_leaf=lambda x: isinstance(x, SparseTargets))
-
-    return cut_all(tree)
 
 
 def _for_each(size: int, chunk: int, body: Callable[[Any, int, Any], Any], carry: Any) -> Any:

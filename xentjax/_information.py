@@ -35,7 +35,7 @@ def surprisal(p: ArrayLike, *, base: float | None = None) -> Float[Array, "*shap
     Source:
       Shannon, A Mathematical Theory of Communication, 1948, section 6.
     """
-    return _in_base(-jnp.log(_probabilities("p", p)), base)
+    return _in_base(0 - jnp.log(_probabilities("p", p)), base)  # Not −0 for p = 1.
 
 
 def entropy(

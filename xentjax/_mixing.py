@@ -140,7 +140,9 @@ def _draw(key, batch, alpha, per_example):
 def _of_batch(lam, targets):
     """Returns λ as `mix_targets` takes it: a scalar, or of the targets' whole batch shape."""
     batch = _targets.batch_of(targets)
-    return lam if lam.ndim == 0 else jnp.broadcast_to(lam.reshape(-1, *(1,) * (len(batch) - 1)), batch)
+    return (
+        lam if lam.ndim == 0 else jnp.broadcast_to(lam.reshape(-1, *(1,) * (len(batch) - 1)), batch)
+    )
 
 
 def _permuted(targets, order):

@@ -128,7 +128,8 @@ def weighted_mean(
     Example:
       >>> import jax.numpy as jnp
       >>> import xentjax
-      >>> print(xentjax.weighted_mean(jnp.array([1.0, 2.0, 9.0]), where=jnp.array([True, True, False])))
+      >>> where = jnp.array([True, True, False])
+      >>> print(xentjax.weighted_mean(jnp.array([1.0, 2.0, 9.0]), where=where))
       1.5
     """
     parts = weighted_sum(losses, where=where, weights=weights)

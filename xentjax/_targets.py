@@ -190,17 +190,22 @@ def expectation(
     targets: jax.Array | SparseTargets,
     logits: jax.Array,
     cost: Callable[[jax.Array], jax.Array],
+    mean: float | None = None,
 ) -> jax.Array:
     """Returns Σ_v t_v · cost(z)_v, [...], for an elementwise `cost` of logits z, [..., V].
 
-    This one sum is every cross-entropy: only the classes that hold mass are looked at.
+    This one sum is every cross-entropy: only the classes that hold mass are looked at. `mean` is
+    that of the cost over all classes, where it is known without looking.
     """
     if not isinstance(targets, SparseTargets):
         return times_mass(targets, cost(logits)).sum(-1)
     picked = cost(jnp.take_along_axis(logits, targets.indices, axis=-1))
     total = times_mass(targets.weights, picked).sum(-1)
     for mass, distribution in backgrounds(targets, logits.shape[-1]):
-        total += times_mass(mass, times_mass(distribution, cost(logits)).sum(-1))
+        if mean is not None and targets.background is None:
+            total += mass * mean
+        else:
+            total += times_mass(mass, times_mass(distribution, cost(logits)).sum(-1))
     return total
 
 
@@ -214,7 +219,7 @@ def masked(tree: Any, mask: jax.Array | None) -> Any:
 def kept(
     targets: jax.Array | SparseTargets, mask: jax.Array | None, dtype: jax.typing.DTypeLike
 ) -> jax.Array | SparseTargets:
-    """Returns targets in the dtype of the arithmetic, without mass where an example is masked out."""
+    """Returns targets in the dtype of the arithmetic, without mass where masked out."""
     targets = map_masses(lambda mass: masked(mass.astype(dtype), mask), targets)
     if isinstance(targets, SparseTargets) and targets.background is not None:
         return dataclasses.replace(targets, background=targets.background.astype(dtype))
@@ -523,6 +528,20 @@ def flattened(targets: jax.Array | SparseTargets) -> jax.Array | SparseTargets:
         flatten(targets.background_mass, int(stacked)),
         targets.background,
     )
+
+
+def rows_of(tree: Any, first: jax.typing.ArrayLike, size: int) -> Any:
+    """Returns rows [first, first + size) of the arrays and flat targets of `tree`."""
+
+    def cut(x):
+        if isinstance(x, SparseTargets):
+            rows = rows_of((x.indices, x.weights, x.background_mass), first, size)
+            return SparseTargets(*rows, x.background)
+        if x.shape[0] == size:
+            return x
+        return jax.lax.dynamic_slice_in_dim(x, first, size, 0)
+
+    return jax.tree.map(cut, tree, is_leaf=lambda x: isinstance(x, SparseTargets))
 
 
 def heaviest_class(targets: jax.Array | SparseTargets, num_classes: int) -> jax.Array:
