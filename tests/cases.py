@@ -28,7 +28,9 @@ def target_forms(batch: int, num_classes: int, seed: int = 0) -> dict[str, xentj
         "smoothed": smoothed,
         "prior": with_prior,
         "mixed": xentjax.mix_targets(labels, labels[::-1], 0.3),
-        "two backgrounds": xentjax.mix_targets(smoothed, with_prior, jnp.asarray(rng.random(batch))),
+        "two backgrounds": xentjax.mix_targets(
+            smoothed, with_prior, jnp.asarray(rng.random(batch))
+        ),
         "weighted": xentjax.reweight_targets(smoothed, jnp.asarray(rng.random(num_classes) + 0.5)),
         "teacher": teacher,
     }
@@ -91,7 +93,7 @@ MODES = {
     "value": lambda f, a, t: f(*a),
     "grad": lambda f, a, t: jax.grad(f, _each(f, a))(*a),
     "jit(grad)": lambda f, a, t: jax.jit(jax.grad(f, _each(f, a)))(*a),
-    "jvp": lambda f, a, t: jax.jvp(f, a, t),
+    "jvp": jax.jvp,
     "linearize": lambda f, a, t: jax.linearize(f, *a)[1](*t),
     "jacfwd": lambda f, a, t: jax.jacfwd(f, _each(f, a))(*a),
     "hessian": lambda f, a, t: jax.hessian(f, _each(f, a))(*a),

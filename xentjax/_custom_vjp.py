@@ -153,8 +153,10 @@ def _batch(args, axes, *, jaxpr, pullback, num_residuals):
     def pushforward(residuals, tangents):
         return _evaluate(*residuals, *tangents, jaxpr=jaxpr, pullback=None, num_residuals=None)
 
-    mapped = [jax.vmap(f, in_axes=(in_axes, 0), axis_size=size) for f in (pushforward, pullback)]
-    out = _bind(*mapped, residuals, tangents)
+    axes = (in_axes, 0)
+    pushforward = jax.vmap(pushforward, in_axes=axes, axis_size=size)
+    pullback = jax.vmap(pullback, in_axes=axes, axis_size=size)
+    out = _bind(pushforward, pullback, residuals, tangents)
     return out, [0] * len(out)
 
 

@@ -347,7 +347,7 @@ def _add(total: Any, part: Any, start: Any, axis: int = 0) -> Any:
 
 
 def _zeros(shape: Sequence[int], dtype: Any, like: jax.Array) -> jax.Array:
-    """Returns zeros that vary over the mesh axes `like` varies over, as the carry of a loop must."""
+    """Returns zeros that vary over the mesh axes `like` varies over, as a loop's carry must."""
     zero = jnp.where(False, like.ravel()[:1].sum(), 0).astype(dtype)
     return jnp.broadcast_to(zero, shape)
 

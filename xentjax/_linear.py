@@ -87,10 +87,11 @@ def linear_softmax_cross_entropy(
     Example:
       >>> import jax.numpy as jnp
       >>> import xentjax
-      >>> inputs, kernel, labels = jnp.eye(2), jnp.array([[2.0, 0, 0], [0, 0, 0]]), jnp.array([0, 1])
+      >>> inputs, labels = jnp.eye(2), jnp.array([0, 1])
+      >>> kernel = jnp.array([[2.0, 0, 0], [0, 0, 0]])
       >>> loss = xentjax.linear_softmax_cross_entropy(inputs, kernel, labels)
       >>> print(loss, xentjax.softmax_cross_entropy(inputs @ kernel, labels).mean())
-      0.669074 0.669074
+      0.669079 0.669079
 
     Source:
       Wijmans et al., Cut Your Losses in Large-Vocabulary Language Models, 2025, section 4.
@@ -102,17 +103,16 @@ def linear_softmax_cross_entropy(
     call = _prepare(
         inputs, kernel, targets, bias, class_axis, where, logit_transform, memory_budget
     )
-    weights = jnp.ones(call.batch) if weights is None else jnp.asarray(weights)
-    _checks.check_floating("weights", weights)
-    _checks.check_shape("weights", weights, call.batch, "the batch of inputs")
-    weights = _targets.masked(weights.reshape(-1).astype(call.dtype), call.mask)
+    w = jnp.ones(call.batch) if weights is None else _checks.as_array("weights", weights)
+    _checks.check_floating("weights", w)
+    _checks.check_shape("weights", w, call.batch, "the batch of inputs")
+    w = _targets.masked(w.reshape(-1).astype(call.dtype), call.mask)
     if reduction == "none":
         losses, *_ = _head.make_losses(call.head)(*call.args)
-        return _targets.times_mass(weights, losses).reshape(call.batch)
+        return _targets.times_mass(w, losses).reshape(call.batch)
     if reduction == "mean":
-        one = jnp.ones((), call.dtype)
-        weights = weights * WeightedSum(one, weights.sum()).mean()
-    return _head.make_total(call.head)(*call.args, weights)
+        w = w * WeightedSum(jnp.ones((), call.dtype), w.sum()).mean()
+    return _head.make_total(call.head)(*call.args, w)
 
 
 def linear_softmax_cross_entropy_with_stats(
@@ -149,10 +149,11 @@ def linear_softmax_cross_entropy_with_stats(
     Example:
       >>> import jax.numpy as jnp
       >>> import xentjax
-      >>> inputs, kernel, labels = jnp.eye(2), jnp.array([[2.0, 0, 0], [0, 0, 1]]), jnp.array([0, 1])
+      >>> inputs, labels = jnp.eye(2), jnp.array([0, 1])
+      >>> kernel = jnp.array([[2.0, 0, 0], [0, 0, 1]])
       >>> loss, stats = xentjax.linear_softmax_cross_entropy_with_stats(inputs, kernel, labels)
       >>> print(stats.prediction, stats.correct, stats.label_log_probability)
-      [0 2] [ True False] [-0.239551 -1.551445]
+      [0 2] [ True False] [-0.23954 -1.55144]
 
     Source:
       Wijmans et al., Cut Your Losses in Large-Vocabulary Language Models, 2025, section 4.
@@ -193,13 +194,14 @@ def soft_cap(cap: ArrayLike) -> LogitTransform:
       >>> import jax.numpy as jnp
       >>> import xentjax
       >>> print(xentjax.soft_cap(30.0)(jnp.array([0.0, 30.0, 1000.0])))
-      [ 0.       22.847824 30.      ]
+      [ 0.       22.84783 30.      ]
 
     Source:
       Gemma Team, Gemma 2, 2024, section 2.
     """
     _checks.check_interval("cap", cap, np.finfo(np.float64).tiny, np.inf)
-    return lambda logits: cap * jnp.tanh(logits / cap)
+    scale = jnp.asarray(cap)
+    return lambda logits: scale * jnp.tanh(logits / scale)
 
 
 def temperature(tau: ArrayLike) -> LogitTransform:
@@ -226,7 +228,8 @@ def temperature(tau: ArrayLike) -> LogitTransform:
       Hinton et al., Distilling the Knowledge in a Neural Network, 2015, section 2.
     """
     _checks.check_interval("tau", tau, np.finfo(np.float64).tiny, np.inf)
-    return lambda logits: logits / tau
+    scale = jnp.asarray(tau)
+    return lambda logits: logits / scale
 
 
 class _Call(NamedTuple):
@@ -241,7 +244,7 @@ class _Call(NamedTuple):
 
 def _prepare(inputs, kernel, targets, bias, class_axis, where, transform, memory_budget):
     """Checks the arguments, all at trace time, and returns the _Call that they make."""
-    inputs, kernel = jnp.asarray(inputs), jnp.asarray(kernel)
+    inputs, kernel = _checks.as_array("inputs", inputs), _checks.as_array("kernel", kernel)
     _checks.check_floating("inputs", inputs)
     _checks.check_floating("kernel", kernel)
     _checks.check(
@@ -265,14 +268,14 @@ def _prepare(inputs, kernel, targets, bias, class_axis, where, transform, memory
         f"least one class on axis {class_axis}, got {_checks.describe(kernel)}",
     )
     if bias is not None:
-        bias = jnp.asarray(bias)
+        bias = _checks.as_array("bias", bias)
         _checks.check_floating("bias", bias)
         _checks.check_shape("bias", bias, (num_classes,), "the classes of kernel")
     targets = _targets.as_targets(targets)
     _targets.check_targets(targets, batch, num_classes)
     mask = None
     if where is not None:
-        where = jnp.asarray(where)
+        where = _checks.as_array("where", where, "a bool array")
         _checks.check_bool("where", where)
         _checks.check_shape("where", where, batch, "the batch of inputs")
         mask = where.reshape(-1)

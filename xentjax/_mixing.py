@@ -72,8 +72,8 @@ def cutmix(
 
     x' = M · x + (1 − M) · x[π],   t' = λ · t + (1 − λ) · t[π],   λ = the share of M
 
-    The box has sides √(1 − λ₀) of the image's, with λ₀ ~ Beta(alpha, alpha), at a uniform centre; it
-    is cut at the border, and λ is the area that is left.
+    The box has sides √(1 − λ₀) of the image's, with λ₀ ~ Beta(alpha, alpha), at a uniform centre.
+    It is cut at the border, and λ is the area that is left.
 
     Args:
       key: A PRNG key; λ₀, the permutation π and the centre draw from different splits of it.
@@ -102,7 +102,7 @@ def cutmix(
     Source:
       Yun et al., CutMix: Regularization Strategy to Train Strong Classifiers, 2019, section 3.1.
     """
-    images = jnp.asarray(images)
+    images = _checks.as_array("images", images)
     targets = _targets.as_targets(targets)
     batch = _check_batch("images", images, targets)
     _checks.check(
@@ -128,9 +128,9 @@ def cutmix(
 
 def _draw(key, batch, alpha, per_example):
     """Returns λ ~ Beta(alpha, alpha), a scalar or [batch], and a permutation of the batch."""
+    _checks.check_interval("alpha", alpha, 0, float("inf"))
     alpha = jnp.asarray(alpha, jnp.float32)
     _checks.check_shape("alpha", alpha, (), "a scalar")
-    _checks.check_interval("alpha", alpha, 0, float("inf"))
     lam_key, order_key = jax.random.split(key)
     shape = (batch,) if per_example else ()
     lam = jax.random.beta(lam_key, *(jnp.where(alpha > 0, alpha, 1),) * 2, shape)

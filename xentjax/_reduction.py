@@ -82,16 +82,16 @@ def weighted_sum(
       >>> print(s.total, s.weight)
       5.0 4.0
     """
-    losses = jnp.asarray(losses)
+    losses = _checks.as_array("losses", losses)
     _checks.check_floating("losses", losses)
     losses = losses.astype(jnp.promote_types(losses.dtype, jnp.float32))
     if weights is None:
         weights = jnp.ones_like(losses)
-    weights = jnp.asarray(weights)
+    weights = _checks.as_array("weights", weights)
     _checks.check_floating("weights", weights)
     _checks.check_shape("weights", weights, losses.shape, "that of losses")
     if where is not None:
-        where = jnp.asarray(where)
+        where = _checks.as_array("where", where, "a bool array")
         _checks.check_bool("where", where)
         _checks.check_shape("where", where, losses.shape, "that of losses")
         losses, weights = jnp.where(where, losses, 0), jnp.where(where, weights, 0)

@@ -116,7 +116,8 @@ def binary_cross_entropy(probabilities: ArrayLike, targets: ArrayLike) -> Float[
 
 def _as_binary(name, predictions, targets):
     """Returns predictions as they are, and targets in the dtype of the arithmetic."""
-    predictions, targets = jnp.asarray(predictions), jnp.asarray(targets)
+    predictions = _checks.as_array(name, predictions)
+    targets = _checks.as_array("targets", targets)
     _checks.check_floating(name, predictions)
     _checks.check(
         not jnp.issubdtype(targets.dtype, jnp.complexfloating),
@@ -131,8 +132,15 @@ def _softplus(x):
     return jnp.maximum(x, 0) + jnp.log1p(jnp.exp(-jnp.abs(x)))
 
 
+@jax.custom_jvp
 def _sigmoid(x):
     return 1 / (1 + jnp.exp(-x))
+
+
+@_sigmoid.defjvp
+def _sigmoid_jvp(primals, tangents):
+    (x,), (tangent,) = primals, tangents
+    return _sigmoid(x), _sigmoid(x) * _sigmoid(-x) * tangent
 
 
 def _fwd(live, logits, targets):

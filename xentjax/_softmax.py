@@ -125,7 +125,7 @@ def _checked_call(function, logits, targets, axis, where):
     else:
         _checks.check_shape("targets", targets, logits.shape, "dense targets: that of the logits")
     if where is not None:
-        where = jnp.asarray(where)
+        where = _checks.as_array("where", where, "a bool array")
         _checks.check_bool("where", where)
         _checks.check(
             where.shape in (batch, logits.shape),
@@ -142,7 +142,7 @@ def checked_logits(
     name: str, logits: ArrayLike, axis: int | Sequence[int]
 ) -> tuple[jax.Array, tuple[int, ...]]:
     """Returns logits as an array, and `axis` as a tuple of the axes of at least one class."""
-    logits = jnp.asarray(logits)
+    logits = _checks.as_array(name, logits)
     _checks.check_floating(name, logits)
     axes = _checks.canonical_axes(axis, logits.ndim)
     _checks.check(
@@ -215,9 +215,7 @@ def _cross_entropy_bwd(live, residuals, cotangent):
         logits_cotangent = _blocks.logits_cotangent(block, logits, prepare(targets), *cotangent)
         logits_cotangent = _targets.masked(logits_cotangent, mask)
     if any(jax.tree.leaves(live_targets)):
-        targets_cotangent = _blocks.targets_cotangent(
-            block, logits, targets, prepare, cotangent[0]
-        )
+        targets_cotangent = _blocks.targets_cotangent(block, logits, targets, prepare, cotangent[0])
     return logits_cotangent, targets_cotangent, None
 
 

@@ -53,7 +53,7 @@ Targets = ArrayLike | SparseTargets
 """Integer labels [...], dense targets float[..., V], or SparseTargets."""
 
 
-def as_targets(targets: Targets) -> jax.Array | SparseTargets:
+def as_targets(targets: Targets, name: str = "targets") -> jax.Array | SparseTargets:
     """Returns `targets` as dense float[..., V] or SparseTargets; labels become K = 1 of weight 1.
 
     Raises:
@@ -61,10 +61,10 @@ def as_targets(targets: Targets) -> jax.Array | SparseTargets:
       ValueError: The parts of SparseTargets do not fit each other.
     """
     if not isinstance(targets, SparseTargets):
-        array = _as_classes(targets)
+        array = _as_classes(name, targets)
         _checks.check(
             jnp.issubdtype(array.dtype, jnp.integer) or jnp.issubdtype(array.dtype, jnp.floating),
-            "targets: expected integer labels, floating dense targets or SparseTargets, "
+            f"{name}: expected integer labels, floating dense targets or SparseTargets, "
             f"got {_checks.describe(array)}",
             TypeError,
         )
@@ -72,7 +72,8 @@ def as_targets(targets: Targets) -> jax.Array | SparseTargets:
             return array
         return SparseTargets(array[..., None], jnp.ones((*array.shape, 1), float))
 
-    indices, weights = _as_classes(targets.indices), jnp.asarray(targets.weights)
+    indices = _as_classes("targets.indices", targets.indices)
+    weights = _checks.as_array("targets.weights", targets.weights)
     _checks.check(
         jnp.issubdtype(indices.dtype, jnp.integer) and indices.ndim > 0,
         f"targets.indices: expected integers of shape [..., K], got {_checks.describe(indices)}",
@@ -87,11 +88,11 @@ def as_targets(targets: Targets) -> jax.Array | SparseTargets:
             "targets.background_mass: expected an array beside targets.background, got None",
         )
         return SparseTargets(indices, weights)
-    mass = jnp.asarray(mass)
+    mass = _checks.as_array("targets.background_mass", mass)
     _checks.check_floating("targets.background_mass", mass)
     batch = indices.shape[:-1]
     if background is not None:
-        background = jnp.asarray(background)
+        background = _checks.as_array("background", background)
         _checks.check_floating("targets.background", background)
         _checks.check(
             background.ndim in (1, 2),
@@ -103,15 +104,19 @@ def as_targets(targets: Targets) -> jax.Array | SparseTargets:
     return SparseTargets(indices, weights, mass, background)
 
 
-def _as_classes(x: ArrayLike) -> jax.Array:
+def _as_classes(name: str, x: ArrayLike) -> jax.Array:
     """Returns `x` as a jax array; integers too large for int32 stay out of range, not wrapped."""
-    largest = np.iinfo(np.int32).max
-    if isinstance(x, np.ndarray) and x.dtype.kind in "iu":
-        x = np.clip(x, -1, largest)
-    x = jnp.asarray(x)
-    if jnp.issubdtype(x.dtype, jnp.unsignedinteger) and x.dtype.itemsize >= 4:
-        x = jnp.minimum(x, largest)
-    return x.astype(jnp.int32) if jnp.issubdtype(x.dtype, jnp.integer) else x
+    limits = np.iinfo(np.int32)
+    if isinstance(x, np.ndarray | np.generic) and x.dtype.kind in "iu":
+        x = np.clip(x.astype(object), limits.min, limits.max).astype(np.int32)
+    x = _checks.as_array(name, x, "integer labels, floating dense targets or SparseTargets")
+    if not jnp.issubdtype(x.dtype, jnp.integer):
+        return x
+    if x.dtype.itemsize == 8:
+        x = jnp.clip(x, 0 if x.dtype.kind == "u" else limits.min, limits.max)
+    elif x.dtype == jnp.uint32:
+        x = jnp.minimum(x, limits.max)
+    return x.astype(jnp.int32)
 
 
 def check_targets(
@@ -311,7 +316,7 @@ def smooth_labels(
     _checks.check_shape("alpha", jnp.asarray(alpha), (), "a scalar")
     _checks.check_interval("alpha", alpha, 0.0, 1.0)
     if background is not None:
-        background = jnp.asarray(background)
+        background = _checks.as_array("background", background)
         _checks.check_floating("background", background)
         _checks.check(
             background.ndim == 1,
@@ -355,15 +360,11 @@ def mix_targets(a: Targets, b: Targets, lam: ArrayLike) -> jax.Array | SparseTar
     Source:
       Zhang et al., mixup: Beyond Empirical Risk Minimization, 2018, equation 1.
     """
-    a, b = as_targets(a), as_targets(b)
-    lam = jnp.asarray(lam)
+    a, b = as_targets(a, "a"), as_targets(b, "b")
+    _checks.check_interval("lam", lam, 0.0, 1.0)
+    lam = _checks.as_array("lam", lam)
     if not jnp.issubdtype(lam.dtype, jnp.floating):
         lam = lam.astype(float)
-    _checks.check_interval("lam", lam, 0.0, 1.0)
-    if isinstance(a, jax.Array):
-        b = dense_targets(b, a.shape[-1])
-    elif isinstance(b, jax.Array):
-        a = dense_targets(a, b.shape[-1])
     batch_a, batch_b = batch_of(a), batch_of(b)
     _checks.check(
         batch_a == batch_b, f"b: expected targets for the batch of a, {batch_a}, got {batch_b}"
@@ -372,21 +373,32 @@ def mix_targets(a: Targets, b: Targets, lam: ArrayLike) -> jax.Array | SparseTar
         lam.shape in ((), batch_a),
         f"lam: expected a scalar or shape {batch_a}, one for each example, got {lam.shape}",
     )
-
-    def scale(targets, share):
-        return map_masses(lambda mass: expand_like(share, mass) * mass, targets)
-
-    a, b = scale(a, lam), scale(b, 1 - lam)
-    if isinstance(a, SparseTargets) and isinstance(b, SparseTargets):
-        return SparseTargets(
-            jnp.concatenate([a.indices, b.indices], axis=-1),
-            jnp.concatenate([a.weights, b.weights], axis=-1),
-            *_merge_backgrounds(a, b),
+    if not isinstance(a, SparseTargets) or not isinstance(b, SparseTargets):
+        num_classes = next(x.shape[-1] for x in (a, b) if not isinstance(x, SparseTargets))
+        _checks.check(
+            _classes_of(b) in (None, num_classes),
+            f"b: expected targets of {num_classes} classes, those of a, got {_classes_of(b)}",
         )
-    _checks.check(
-        a.shape == b.shape, f"b: expected the classes of a, {a.shape[-1]}, got {b.shape[-1]}"
+        share = lam[..., None]
+        return share * dense_targets(a, num_classes) + (1 - share) * dense_targets(b, num_classes)
+    return SparseTargets(
+        jnp.concatenate([a.indices, b.indices], axis=-1),
+        jnp.concatenate([lam[..., None] * a.weights, (1 - lam)[..., None] * b.weights], axis=-1),
+        *_merge_backgrounds(_scaled_background(a, lam), _scaled_background(b, 1 - lam)),
     )
-    return a + b
+
+
+def _classes_of(targets: jax.Array | SparseTargets) -> int | None:
+    """Returns V where the targets know it."""
+    array = targets.background if isinstance(targets, SparseTargets) else targets
+    return None if array is None else array.shape[-1]
+
+
+def _scaled_background(targets: SparseTargets, share: jax.Array) -> SparseTargets:
+    """Returns targets with `share`, a scalar or [...], of their background's mass."""
+    mass = targets.background_mass
+    mass = None if mass is None else expand_like(share, mass) * mass
+    return dataclasses.replace(targets, background_mass=mass)
 
 
 def _merge_backgrounds(
@@ -401,7 +413,8 @@ def _merge_backgrounds(
     sizes = {x.background.shape[-1] for x in (a, b) if x.background is not None}
     num_classes = sizes.pop()
     _checks.check(
-        not sizes, f"b: expected a background over the classes of a, got {num_classes} and {sizes}"
+        not sizes,
+        f"b: expected a background over {_classes_of(a)} classes, those of a, got {_classes_of(b)}",
     )
     pairs = [*backgrounds(a, num_classes), *backgrounds(b, num_classes)]
     rows = [jnp.broadcast_to(distribution, (num_classes,)) for _, distribution in pairs]
@@ -438,7 +451,8 @@ def reweight_targets(targets: Targets, class_weights: ArrayLike) -> jax.Array | 
     Source:
       King and Zeng, Logistic Regression in Rare Events Data, 2001, section 4.2.
     """
-    targets, class_weights = as_targets(targets), jnp.asarray(class_weights)
+    targets = as_targets(targets)
+    class_weights = _checks.as_array("class_weights", class_weights)
     _checks.check_floating("class_weights", class_weights)
     _checks.check(
         class_weights.ndim == 1,
@@ -514,20 +528,17 @@ def _rows_and(indices: jax.Array) -> tuple[jax.Array, ...]:
 
 def flattened(targets: jax.Array | SparseTargets) -> jax.Array | SparseTargets:
     """Returns targets with one axis of examples."""
+    axes = len(batch_of(targets))
     size = math.prod(batch_of(targets))
 
-    def flatten(x, axes):
-        return None if x is None else x.reshape(size, *x.shape[x.ndim - axes :])
+    def flat(x):
+        return x.reshape(size, *x.shape[axes:])
 
     if not isinstance(targets, SparseTargets):
-        return flatten(targets, 1)
-    stacked = targets.background is not None and targets.background.ndim == 2
-    return SparseTargets(
-        flatten(targets.indices, 1),
-        flatten(targets.weights, 1),
-        flatten(targets.background_mass, int(stacked)),
-        targets.background,
-    )
+        return flat(targets)
+    mass = targets.background_mass
+    mass = None if mass is None else flat(mass)
+    return SparseTargets(flat(targets.indices), flat(targets.weights), mass, targets.background)
 
 
 def rows_of(tree: Any, first: jax.typing.ArrayLike, size: int) -> Any:
@@ -536,7 +547,7 @@ def rows_of(tree: Any, first: jax.typing.ArrayLike, size: int) -> Any:
     def cut(x):
         if isinstance(x, SparseTargets):
             rows = rows_of((x.indices, x.weights, x.background_mass), first, size)
-            return SparseTargets(*rows, x.background)
+            return SparseTargets(rows[0], rows[1], rows[2], x.background)
         if x.shape[0] == size:
             return x
         return jax.lax.dynamic_slice_in_dim(x, first, size, 0)

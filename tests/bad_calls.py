@@ -1,0 +1,276 @@
+"""Bad calls of every public function, and what the error of each must say."""
+
+import math
+import re
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+import xentjax as xj
+from xentjax import SparseTargets
+
+Z, P = jnp.zeros((4, 3)), jnp.full((4, 3), 1 / 3)
+LABELS, LOSSES = jnp.zeros(4, jnp.int32), jnp.ones(4)
+IMAGES, KEY = jnp.zeros((4, 8, 8)), jax.random.key(0)
+K1 = (LABELS[:, None], jnp.ones((4, 1)))  # Indices and weights that fit Z.
+SMOOTHED = xj.smooth_labels(LABELS, 0.1, background=jnp.ones(5) / 5)
+
+
+def ints(*shape):
+    return jnp.ones(shape, jnp.int32)
+
+
+def bools(*shape):
+    return jnp.ones(shape, bool)
+
+
+class Bad(NamedTuple):
+    """A call, and what its error says: `argument: expected … expected …, got … given …`."""
+
+    function: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    error: type[Exception]
+    argument: str
+    expected: str
+    given: str
+
+
+def shape_of(argument, expected, given):
+    return ValueError, argument, re.escape(expected), re.escape(given)
+
+
+def kind_of(argument, expected, given):
+    return TypeError, argument, expected, re.escape(given)
+
+
+FLOATS = "floating-point"
+
+
+def softmax_calls(function):
+    """Bad arguments of what takes logits and targets."""
+    labels = re.escape("(4,)")
+    for targets, given in [
+        (ints(1), "1"),
+        (ints(4, 3), "4, 3"),
+        (ints(3), "3"),
+        (SparseTargets(ints(2, 1), jnp.ones((2, 1))), "2, 1"),
+    ]:
+        yield Bad(function, (Z, targets), {}, ValueError, "targets", labels, rf"[(\[]{given}")
+    yield Bad(function, (Z, 1), {}, ValueError, "targets", labels, r"\(\)|int32\[\]")
+    for *shape, given in [(1, 3, "[1, 3]"), (4, 5, "[4, 5]"), (4, "[4]"), (3, 4, "[3, 4]")]:
+        dense = jnp.ones(shape)
+        yield Bad(function, (Z, dense), {}, *shape_of("targets", "(4, 3)", "float32" + given))
+    for targets, given in [(bools(4, 3), "bool"), (Z.astype(complex), "complex64"), (None, "None")]:
+        yield Bad(function, (Z, targets), {}, *kind_of("targets", "integer labels", given))
+    yield Bad(function, (Z, "dog"), {}, *kind_of("targets", "integer labels", "dog"))
+    for logits, given in [
+        (ints(4, 3), "int32[4, 3]"),
+        (bools(4, 3), "bool[4, 3]"),
+        (Z.astype(complex), "complex64"),
+        (None, "None"),
+    ]:
+        yield Bad(function, (logits, LABELS), {}, *kind_of("logits", FLOATS, given))
+    empty = jnp.ones((4, 0))
+    yield Bad(function, (empty, LABELS), {}, *shape_of("logits", "at least one class", "[4, 0]"))
+    yield Bad(function, (Z, LABELS), {"axis": 0}, ValueError, "targets", r"\(3,\)", r"[(\[]4")
+    for axis in (2, -3, (0, 2), ()):
+        yield Bad(function, (Z, LABELS), {"axis": axis}, *shape_of("axis", "[-2, 2)", str(axis)))
+    for axis in (1.0, "classes", None, True, (0, "1")):
+        yield Bad(function, (Z, LABELS), {"axis": axis}, *kind_of("axis", "int", repr(axis)))
+    for axis in [(1, -1), (0, 0)]:
+        yield Bad(function, (Z, 0), {"axis": axis}, *shape_of("axis", "distinct", str(axis)))
+    for where, given in [(bools(3), "3"), (bools(4, 1), "4, 1"), (bools(1, 3), "1, 3"), (True, "")]:
+        yield Bad(function, (Z, LABELS), {"where": where}, *shape_of("where", "(4,)", "(" + given))
+    yield Bad(function, (Z, LABELS), {"where": ints(4)}, *kind_of("where", "bool", "int32[4]"))
+    yield Bad(function, (Z, LABELS), {"where": Z}, *kind_of("where", "bool", "float32[4, 3]"))
+
+
+def sparse_calls():
+    """Parts of SparseTargets that do not fit each other, or the logits."""
+    one = jnp.ones(4)
+    for parts, error in [
+        ((K1[0], jnp.ones((4, 2))), shape_of("targets.weights", "(4, 1)", "[4, 2]")),
+        ((K1[0], ints(4, 1)), kind_of("targets.weights", FLOATS, "int32[4, 1]")),
+        ((K1[1], K1[1]), kind_of("targets.indices", "integers", "float32[4, 1]")),
+        ((jnp.int32(0), jnp.ones(())), kind_of("targets.indices", "K", "int32[]")),
+        ((*K1, jnp.ones(3)), shape_of("targets.background_mass", "(4,)", "[3]")),
+        ((*K1, ints(4)), kind_of("targets.background_mass", FLOATS, "int32[4]")),
+        ((*K1, None, jnp.ones(3)), shape_of("targets.background_mass", "", "None")),
+        ((*K1, one, jnp.ones(5)), shape_of("targets.background", "3", "[5]")),
+        ((*K1, one, ints(3)), kind_of("targets.background", FLOATS, "int32[3]")),
+        ((*K1, one, jnp.ones((1, 1, 3))), shape_of("targets.background", "[V]", "[1, 1, 3]")),
+        ((*K1, one, jnp.ones((2, 3))), shape_of("targets.background_mass", "(4, 2)", "[4]")),
+    ]:
+        yield Bad(xj.softmax_cross_entropy, (Z, SparseTargets(*parts)), {}, *error)
+
+
+def sigmoid_calls():
+    for function, name in [
+        (xj.sigmoid_binary_cross_entropy, "logits"),
+        (xj.multilabel_cross_entropy, "logits"),
+        (xj.binary_cross_entropy, "probabilities"),
+    ]:
+        for targets, given in [(LABELS, "[4]"), (jnp.ones((1, 3)), "[1, 3]"), (1.0, "[]")]:
+            yield Bad(function, (P, targets), {}, *shape_of("targets", "(4, 3)", given))
+        yield Bad(function, (ints(4, 3), P), {}, *kind_of(name, FLOATS, "int32[4, 3]"))
+        yield Bad(function, (P, Z.astype(complex)), {}, *kind_of("targets", "float", "complex64"))
+    multilabel = xj.multilabel_cross_entropy
+    yield Bad(multilabel, (Z, Z), {"axis": 2}, *shape_of("axis", "[-2, 2)", "2"))
+    yield Bad(multilabel, (Z, Z), {"axis": (0, -2)}, *shape_of("axis", "distinct", "(0, -2)"))
+    yield Bad(multilabel, (Z, Z), {"axis": "last"}, *kind_of("axis", "int", "'last'"))
+
+
+def target_calls():
+    smooth, mix = xj.smooth_labels, xj.mix_targets
+    for alpha in (1.5, -0.1, math.nan, math.inf):
+        yield Bad(smooth, (LABELS, alpha), {}, *shape_of("alpha", "[0, 1]", str(alpha)))
+    yield Bad(smooth, (LABELS, jnp.ones(4)), {}, *shape_of("alpha", "scalar", "[4]"))
+    yield Bad(smooth, (bools(4), 0.1), {}, *kind_of("targets", "integer labels", "bool[4]"))
+    for targets, background, error in [
+        (LABELS, jnp.ones((4, 3)), shape_of("background", "[V]", "[4, 3]")),
+        (LABELS, ints(3), kind_of("background", FLOATS, "int32[3]")),
+        (P, jnp.ones(5), shape_of("background", "3", "5")),
+    ]:
+        yield Bad(smooth, (targets, 0.1), {"background": background}, *error)
+    for lam in (1.1, -1e-3, 2, math.nan):
+        yield Bad(mix, (LABELS, LABELS, lam), {}, *shape_of("lam", "[0, 1]", str(lam)))
+    yield Bad(mix, (LABELS, LABELS, jnp.ones(3)), {}, *shape_of("lam", "(4,)", "(3,)"))
+    yield Bad(mix, (P, LABELS, jnp.ones((4, 1))), {}, *shape_of("lam", "(4,)", "(4, 1)"))
+    yield Bad(mix, (LABELS, LABELS[:2], 0.5), {}, *shape_of("b", "(4,)", "(2,)"))
+    yield Bad(mix, (P, LABELS[:2], 0.5), {}, *shape_of("b", "(4,)", "(2,)"))
+    yield Bad(mix, (P, jnp.ones((4, 5)), 0.5), {}, *shape_of("b", "3", "5"))
+    yield Bad(mix, (P, SMOOTHED, 0.5), {}, *shape_of("b", "3", "5"))
+    other = xj.smooth_labels(LABELS, 0.1, background=jnp.ones(3) / 3)
+    yield Bad(mix, (other, SMOOTHED, 0.5), {}, *shape_of("b", "3", "5"))
+    yield Bad(mix, (bools(4), LABELS, 0.5), {}, *kind_of("a", "integer labels", "bool[4]"))
+    yield Bad(mix, (LABELS, bools(4), 0.5), {}, *kind_of("b", "integer labels", "bool[4]"))
+    for targets, weights, error in [
+        (LABELS, jnp.ones((4, 3)), shape_of("class_weights", "[V]", "[4, 3]")),
+        (LABELS, 2.0, shape_of("class_weights", "[V]", "[]")),
+        (LABELS, ints(3), kind_of("class_weights", FLOATS, "int32[3]")),
+        (P, jnp.ones(5), shape_of("class_weights", "(3,)", "[5]")),
+        (SMOOTHED, jnp.ones(3), shape_of("class_weights", "(5,)", "[3]")),
+        (bools(4), jnp.ones(3), kind_of("targets", "integer labels", "bool[4]")),
+    ]:
+        yield Bad(xj.reweight_targets, (targets, weights), {}, *error)
+    for targets, classes, error in [
+        (LABELS, 0, shape_of("num_classes", "positive int", "0")),
+        (LABELS, 3.0, shape_of("num_classes", "positive int", "3.0")),
+        (P, 5, shape_of("targets", "5", "[4, 3]")),
+        (SMOOTHED, 3, shape_of("targets.background", "3", "[5]")),
+    ]:
+        yield Bad(xj.dense_targets, (targets, classes), {}, *error)
+
+
+def mixing_calls():
+    for function, name, x in [(xj.mixup, "inputs", Z), (xj.cutmix, "images", IMAGES)]:
+        for alpha in (-1.0, math.nan, math.inf):
+            yield Bad(function, (KEY, x, LABELS, alpha), {}, *shape_of("alpha", "", str(alpha)))
+        yield Bad(function, (KEY, x, LABELS, LOSSES), {}, *shape_of("alpha", "scalar", "[4]"))
+        pixels = x.astype(jnp.uint8)
+        yield Bad(function, (KEY, pixels, LABELS, 1.0), {}, *kind_of(name, FLOATS, "uint8"))
+        yield Bad(function, (KEY, x, LABELS[:2], 1.0), {}, *shape_of("targets", "4", "2"))
+        yield Bad(function, (KEY, x, bools(4), 1.0), {}, *kind_of("targets", "labels", "bool[4]"))
+    images = "[batch, height, width, ...]"
+    yield Bad(xj.cutmix, (KEY, Z, LABELS, 1.0), {}, *shape_of("images", images, "[4, 3]"))
+    for tree, given in [({"a": Z, "b": Z[:2]}, "(2, 3)"), (jnp.ones(()), "()"), ({}, "none")]:
+        yield Bad(xj.mixup, (KEY, tree, LABELS, 1.0), {}, *shape_of("inputs", "", given))
+
+
+def reduction_calls():
+    for function in (xj.weighted_mean, xj.weighted_sum):
+        yield Bad(function, (ints(4),), {}, *kind_of("losses", FLOATS, "int32[4]"))
+        for name, x, error in [
+            ("where", jnp.ones(4), kind_of("where", "bool", "float32[4]")),
+            ("where", bools(1), shape_of("where", "(4,)", "[1]")),
+            ("where", bools(4, 1), shape_of("where", "(4,)", "[4, 1]")),
+            ("weights", ints(4), kind_of("weights", FLOATS, "int32[4]")),
+            ("weights", jnp.ones(1), shape_of("weights", "(4,)", "[1]")),
+            ("weights", 2.0, shape_of("weights", "(4,)", "[]")),
+        ]:
+            yield Bad(function, (LOSSES,), {name: x}, *error)
+
+
+def information_calls():
+    for function, name, x in [
+        (xj.surprisal, "p", P),
+        (xj.entropy, "p", P),
+        (xj.softmax_surprisal, "logits", Z),
+        (xj.softmax_entropy, "logits", Z),
+        (xj.perplexity, "nats", LOSSES),
+    ]:
+        yield Bad(function, (ints(4, 3),), {}, *kind_of(name, FLOATS, "int32[4, 3]"))
+        for base in () if name == "nats" else (0, 1, -2, math.nan, math.inf):
+            yield Bad(function, (x,), {"base": base}, *shape_of("base", "positive", str(base)))
+    for function, names, x in [
+        (xj.cross_entropy, "pq", P),
+        (xj.kl_divergence, "pq", P),
+        (xj.js_divergence, "pq", P),
+        (xj.softmax_kl_divergence, ("p_logits", "q_logits"), Z),
+    ]:
+        yield Bad(function, (x, x[:1]), {}, *shape_of(names[1], "(4, 3)", "[1, 3]"))
+        yield Bad(function, (x[0], x), {}, *shape_of(names[1], "(3,)", "[4, 3]"))
+        yield Bad(function, (ints(4, 3), x), {}, *kind_of(names[0], FLOATS, "int32[4, 3]"))
+        yield Bad(function, (x, ints(4, 3)), {}, *kind_of(names[1], FLOATS, "int32[4, 3]"))
+        yield Bad(function, (x, x), {"base": -2}, *shape_of("base", "positive", "-2"))
+        yield Bad(function, (x, x), {"axis": 2}, *shape_of("axis", "[-2, 2)", "2"))
+    for function in (xj.entropy, xj.softmax_entropy, xj.softmax_surprisal):
+        yield Bad(function, (Z,), {"axis": (0, 2)}, *shape_of("axis", "[-2, 2)", "(0, 2)"))
+        yield Bad(function, (Z,), {"axis": (0, 0)}, *shape_of("axis", "distinct", "(0, 0)"))
+        yield Bad(function, (Z,), {"axis": 1.0}, *kind_of("axis", "int", "1.0"))
+
+
+def linear_calls(function):
+    x, w = jnp.zeros((4, 2)), jnp.ones((2, 3))
+    for args, error in [
+        ((ints(4, 2), w, LABELS), kind_of("inputs", FLOATS, "int32[4, 2]")),
+        ((jnp.ones(()), w, LABELS), shape_of("inputs", "[..., D]", "[]")),
+        ((x, ints(2, 3), LABELS), kind_of("kernel", FLOATS, "int32[2, 3]")),
+        ((x, w.T, LABELS), shape_of("kernel", "2 features", "[3, 2]")),
+        ((x, w[0], LABELS), shape_of("kernel", "[D, V]", "[3]")),
+        ((x, w[:, :0], LABELS), shape_of("kernel", "at least one class", "[2, 0]")),
+        ((x, w, ints(1)), shape_of("targets", "(4,)", "1")),
+        ((x, w, jnp.ones((4, 5))), shape_of("targets", "(4, 3)", "[4, 5]")),
+        ((x, w, bools(4, 3)), kind_of("targets", "integer labels", "bool[4, 3]")),
+    ]:
+        yield Bad(function, args, {}, *error)
+    for option, error in [
+        ({"bias": jnp.ones(4)}, shape_of("bias", "(3,)", "[4]")),
+        ({"bias": ints(3)}, kind_of("bias", FLOATS, "int32[3]")),
+        ({"class_axis": 2}, shape_of("class_axis", "0", "2")),
+        ({"where": bools(4, 3)}, shape_of("where", "(4,)", "[4, 3]")),
+        ({"where": ints(4)}, kind_of("where", "bool", "int32[4]")),
+        ({"logit_transform": 30.0}, kind_of("logit_transform", "function", "30.0")),
+        ({"logit_transform": jnp.sum}, shape_of("logit_transform", "elementwise", "float32[]")),
+        ({"memory_budget": -1}, shape_of("memory_budget", "bytes", "-1")),
+        ({"memory_budget": 0.5}, shape_of("memory_budget", "bytes", "0.5")),
+    ]:
+        yield Bad(function, (x, w, LABELS), option, *error)
+
+
+def linear_options():
+    function, args = xj.linear_softmax_cross_entropy, (jnp.zeros((4, 2)), jnp.ones((2, 3)), LABELS)
+    yield Bad(function, args, {"reduction": "avg"}, *shape_of("reduction", '"mean"', "'avg'"))
+    yield Bad(function, args, {"weights": ints(4)}, *kind_of("weights", FLOATS, "int32[4]"))
+    yield Bad(function, args, {"weights": jnp.ones(1)}, *shape_of("weights", "(4,)", "[1]"))
+    for transform, name in [(xj.soft_cap, "cap"), (xj.temperature, "tau")]:
+        for value in (0.0, -1.0, math.nan):
+            yield Bad(transform, (value,), {}, *shape_of(name, "", str(value)))
+
+
+BAD = [
+    *softmax_calls(xj.softmax_cross_entropy),
+    *softmax_calls(xj.softmax_cross_entropy_with_stats),
+    *sparse_calls(),
+    *linear_calls(xj.linear_softmax_cross_entropy),
+    *linear_calls(xj.linear_softmax_cross_entropy_with_stats),
+    *linear_options(),
+    *sigmoid_calls(),
+    *target_calls(),
+    *mixing_calls(),
+    *reduction_calls(),
+    *information_calls(),
+]

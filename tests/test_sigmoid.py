@@ -1,0 +1,326 @@
+"""Binary and multi-label cross-entropy: exact, in every differentiation mode, to both arguments."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import mpmath
+import numpy as np
+import optax
+import pytest
+from jax.test_util import check_grads
+
+import xentjax
+
+MP = mpmath.mp.clone()
+MP.dps = 50
+
+ULPS = 8
+MARGINS = np.concatenate([np.linspace(-80, 80, 161), [1e-3, -1e-3, 1e-7, -1e-7, 16.6, -16.6, -0.0]])
+SOFT = [0.0, 1.0, 0.5, 0.1, 1 - 1e-6]
+
+
+@pytest.fixture(params=["float32", "float64"])
+def dtype(request):
+    with jax.enable_x64(request.param == "float64"):
+        yield np.dtype(request.param)
+
+
+def exact(x):
+    return MP.mpf(float(x))
+
+
+def exact_sigmoid(z):
+    return 1 / (1 + MP.exp(-z))
+
+
+def loss_and_slopes(z, t):
+    """Returns Σ of two terms, each not negative, and the same for the gradient, at 50 digits."""
+    z, t = exact(z), exact(t)
+    terms = t * MP.log1p(MP.exp(-z)), (1 - t) * MP.log1p(MP.exp(z))
+    return sum(terms), (1 - t) * exact_sigmoid(z), t * exact_sigmoid(-z)
+
+
+@pytest.mark.parametrize("t", SOFT)
+def test_loss_and_gradient_are_exact(t, dtype):
+    z = MARGINS.astype(dtype)
+    t = np.full_like(z, t)
+    losses = np.asarray(xentjax.sigmoid_binary_cross_entropy(z, t))
+    grad = jax.grad(lambda z, t: xentjax.sigmoid_binary_cross_entropy(z, t).sum(), (0, 1))
+    to_z, to_t = map(np.asarray, grad(z, t))
+    assert losses.dtype == to_z.dtype == to_t.dtype == dtype
+    tolerance = ULPS * float(np.finfo(dtype).eps)
+    for i in range(len(z)):
+        loss, up, down = loss_and_slopes(z[i], t[i])
+        assert abs(exact(losses[i]) - loss) <= tolerance * loss, (z[i], losses[i])
+        # The two slopes of a soft target cancel, so the error is beside their sum.
+        assert abs(exact(to_z[i]) - (up - down)) <= tolerance * (up + down), (z[i], to_z[i])
+    np.testing.assert_array_equal(to_t, -z)
+
+
+def second_derivative(z, t):
+    slope = jax.grad(xentjax.sigmoid_binary_cross_entropy)
+    return jax.vmap(jax.grad(slope))(z, t)
+
+
+@pytest.mark.parametrize("t", SOFT)
+def test_second_derivative_is_exact(t, dtype):
+    """σ(z) · σ(−z), whatever the target."""
+    z = MARGINS.astype(dtype)
+    got = np.asarray(jax.jit(second_derivative)(z, np.full_like(z, t)))
+    want = [float(exact_sigmoid(exact(x)) * exact_sigmoid(-exact(x))) for x in z]
+    info = np.finfo(dtype)  # What is smaller than `tiny` may be flushed to 0.
+    np.testing.assert_allclose(got, want, rtol=ULPS * float(info.eps), atol=float(info.tiny))
+
+
+def test_second_derivative_beyond_the_range_of_exp():
+    z = np.array([-3e38, -1e4, -100, -90, 90, 100, 1e4, 3e38, -np.inf, np.inf], np.float32)
+    for t in (0.0, 0.25, 1.0):
+        got = np.asarray(jax.jit(second_derivative)(z, np.full_like(z, t)))
+        np.testing.assert_allclose(got, 0, atol=1e-37)
+
+
+def test_certainty():
+    """Logits ±inf: 0 where the target agrees, +inf where it does not, and never NaN."""
+    inf = np.inf
+    z = np.array([inf, -inf, inf, -inf, inf, -inf, 3e38, -3e38], np.float32)
+    t = np.array([1, 0, 0, 1, 0.5, 0.5, 0, 1], np.float32)
+    losses, to_z = jax.vmap(jax.value_and_grad(xentjax.sigmoid_binary_cross_entropy))(z, t)
+    np.testing.assert_array_equal(
+        losses, np.array([0, 0, inf, inf, inf, inf, 3e38, 3e38], np.float32)
+    )
+    np.testing.assert_array_equal(to_z, [0, 0, 1, -1, 0.5, -0.5, 1, -1])
+    sums = xentjax.multilabel_cross_entropy(z[:2], t[:2])
+    assert sums == 0
+
+
+@pytest.mark.parametrize("of_targets", [bool, np.int32, np.uint8, np.float16, np.float32])
+def test_targets_of_any_dtype(of_targets):
+    z, t = np.array([2.0, -3.0, 0.5], np.float32), np.array([1, 0, 1])
+    want = xentjax.sigmoid_binary_cross_entropy(z, t.astype(np.float32))
+    np.testing.assert_array_equal(
+        xentjax.sigmoid_binary_cross_entropy(z, t.astype(of_targets)), want
+    )
+    p = np.array([0.9, 0.1, 1.0], np.float32)
+    np.testing.assert_array_equal(
+        xentjax.binary_cross_entropy(p, t.astype(of_targets)),
+        xentjax.binary_cross_entropy(p, t.astype(np.float32)),
+    )
+
+
+@pytest.mark.parametrize("low", [jnp.bfloat16, jnp.float16])
+def test_low_precision_is_read_as_it_is_and_computed_in_float32(low):
+    """As the formula written down and run in that dtype is not: its error reaches 100 %."""
+    z = jnp.linspace(-9, 9, 301, dtype=jnp.float32).astype(low)
+    t = jnp.ones(z.shape, low)
+    ours = jax.vmap(jax.value_and_grad(xentjax.sigmoid_binary_cross_entropy))(z, t)
+    naive = jax.vmap(jax.value_and_grad(lambda z, t: -t * jnp.log(jax.nn.sigmoid(z))))(z, t)
+    assert [x.dtype for x in ours] == [jnp.float32, low]
+    losses, _, slopes = map(np.array, zip(*map(loss_and_slopes, z, t), strict=True))
+    half_ulp = float(jnp.finfo(low).eps) / 2  # The gradient is rounded to the input's dtype.
+    truths, tolerances = (losses, -slopes), (1e-6, half_ulp * (1 + 1e-3))
+    for got, bad, truth, tolerance in zip(ours, naive, truths, tolerances, strict=True):
+        np.testing.assert_allclose(np.asarray(got, float), truth.astype(float), rtol=tolerance)
+        assert np.max(np.abs(np.asarray(bad, float) / truth.astype(float) - 1)) > 0.9
+
+
+# Every differentiation mode, of each loss, to each argument. Each returns the two diagonals.
+
+
+def diagonals(jacobians):
+    return tuple(jnp.diagonal(j) for j in jacobians)
+
+
+def by_jvp(push):
+    """Derivatives of an elementwise function: push a tangent of ones through one argument."""
+
+    def modes(f):
+        def derivatives(z, t):
+            ones, zeros = jnp.ones_like(z), jnp.zeros_like(z)
+            return push(f, (z, t), (ones, zeros)), push(f, (z, t), (zeros, ones))
+
+        return derivatives
+
+    return modes
+
+
+def summed(f):
+    return lambda z, t: f(z, t).sum()
+
+
+def scanned(f):
+    """The sum again, one element a step."""
+
+    def total(z, t):
+        return jax.lax.scan(lambda s, zt: (s + f(*zt), None), jnp.zeros(()), (z, t))[0]
+
+    return total
+
+
+MODES = {
+    "grad": lambda f: jax.grad(summed(f), (0, 1)),
+    "grad of vmap": lambda f: jax.grad(summed(jax.vmap(f)), (0, 1)),
+    "vmap of grad": lambda f: jax.vmap(jax.grad(f, (0, 1))),
+    "jvp": by_jvp(lambda f, x, dx: jax.jvp(f, x, dx)[1]),
+    "linearize": by_jvp(lambda f, x, dx: jax.linearize(f, *x)[1](*dx)),
+    "jacfwd": lambda f: lambda *x: diagonals(jax.jacfwd(f, (0, 1))(*x)),
+    "jacrev": lambda f: lambda *x: diagonals(jax.jacrev(f, (0, 1))(*x)),
+    "grad of checkpoint": lambda f: jax.grad(summed(jax.checkpoint(f)), (0, 1)),
+    "grad of scan": lambda f: jax.grad(scanned(f), (0, 1)),
+    "checkpoint in scan": lambda f: jax.grad(scanned(jax.checkpoint(f)), (0, 1)),
+}
+
+SECOND = {
+    "hessian": lambda f: jax.hessian(f, (0, 1)),
+    "jacrev of jacrev": lambda f: jax.jacrev(jax.jacrev(f, (0, 1)), (0, 1)),
+    "jacfwd of jacfwd": lambda f: jax.jacfwd(jax.jacfwd(f, (0, 1)), (0, 1)),
+    "jacrev of jacfwd": lambda f: jax.jacrev(jax.jacfwd(f, (0, 1)), (0, 1)),
+}
+
+LOGITS = np.array([-60.0, -2.0, 0.0, 0.5, 17.0, 60.0])
+PROBABILITIES = np.array([1e-9, 0.25, 0.5, 0.6, 0.99, 1 - 2**-20])
+SOME = np.array([0.0, 0.3, 1.0, 0.5, 1.0, 0.9])
+
+
+def from_logits(z, t):
+    """Derivatives to z, t, zz, zt and tt in float64."""
+    up, down = 1 / (1 + np.exp(-z)), 1 / (1 + np.exp(z))
+    return (1 - t) * up - t * down, -z, up * down, -np.ones_like(z), np.zeros_like(z)
+
+
+def from_probabilities(p, t):
+    no = 1 - p
+    return (
+        (1 - t) / no - t / p,
+        np.log1p(-p) - np.log(p),
+        t / p**2 + (1 - t) / no**2,
+        -1 / p - 1 / no,
+        np.zeros_like(p),
+    )
+
+
+LOSSES = {
+    "sigmoid_binary_cross_entropy": (
+        xentjax.sigmoid_binary_cross_entropy,
+        from_logits(LOGITS, SOME),
+        LOGITS,
+    ),
+    # One label an example, so that the sum over labels is elementwise too.
+    "multilabel_cross_entropy": (
+        lambda z, t: xentjax.multilabel_cross_entropy(z[..., None], t[..., None]),
+        from_logits(LOGITS, SOME),
+        LOGITS,
+    ),
+    "binary_cross_entropy": (
+        xentjax.binary_cross_entropy,
+        from_probabilities(PROBABILITIES, SOME),
+        PROBABILITIES,
+    ),
+}
+
+
+@pytest.mark.parametrize("jit", [False, True], ids=["eager", "jit"])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", LOSSES)
+def test_first_derivatives_in_every_mode(name, mode, jit):
+    loss, (to_z, to_t, *_), z = LOSSES[name]
+    derivatives = MODES[mode](loss)
+    with jax.enable_x64(True):
+        got = (jax.jit(derivatives) if jit else derivatives)(z, SOME)
+        np.testing.assert_allclose(got[0], to_z, rtol=1e-14, atol=1e-17)
+        np.testing.assert_allclose(got[1], to_t, rtol=1e-14, atol=1e-17)
+
+
+@pytest.mark.parametrize("mode", SECOND)
+@pytest.mark.parametrize("name", LOSSES)
+def test_second_derivatives_in_every_mode(name, mode):
+    loss, (_, _, zz, zt, tt), z = LOSSES[name]
+    with jax.enable_x64(True):
+        got = jax.jit(SECOND[mode](summed(loss)))(z, SOME)
+        for i, j, want in [(0, 0, zz), (0, 1, zt), (1, 0, zt), (1, 1, tt)]:
+            np.testing.assert_allclose(got[i][j], np.diag(want), rtol=1e-13, atol=1e-30)
+
+
+def test_hessian_vector_product():
+    v = np.arange(1.0, 7.0)
+    grad = jax.grad(summed(xentjax.sigmoid_binary_cross_entropy))
+    with jax.enable_x64(True):
+        _, got = jax.jvp(lambda z: grad(z, SOME), (LOGITS,), (v,))
+        np.testing.assert_allclose(got, from_logits(LOGITS, SOME)[2] * v, rtol=1e-13)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_numerical_derivatives(name):
+    loss, _, _ = LOSSES[name]
+    with jax.enable_x64(True):
+        check_grads(loss, (PROBABILITIES[1:4], SOME[1:4]), order=2, modes=["fwd", "rev"])
+
+
+# Losses of probabilities.
+
+
+def test_binary_cross_entropy_is_exact():
+    """Whatever p is as a float32: near 0, and where 1 − p is 2⁻²⁴."""
+    near_0, ulps = np.geomspace(1e-37, 0.5, 60), 2.0 ** -np.arange(1, 25)
+    p = np.concatenate([near_0, ulps, 1 - ulps, [0.0, 1.0]]).astype(np.float32)
+    for t in (0.0, 1.0, 0.3):
+        got = np.asarray(xentjax.binary_cross_entropy(p, np.full_like(p, t)))
+        for x, loss in zip(p, got, strict=True):
+            yes, no = exact(np.float32(t)), 1 - exact(np.float32(t))
+            terms = [(yes, exact(x)), (no, 1 - exact(x))]
+            want = sum(-w * MP.log(q) if q else MP.inf for w, q in terms if w)
+            assert loss == want or abs(exact(loss) - want) <= 1e-6 * want, (x, t, loss)
+
+
+def test_binary_cross_entropy_at_0_and_1():
+    p, t = np.array([0.0, 1.0, 0.0, 1.0], np.float32), np.array([0.0, 1.0, 1.0, 0.0], np.float32)
+    grad = jax.vmap(jax.value_and_grad(xentjax.binary_cross_entropy, (0, 1)))
+    losses, (to_p, to_t) = grad(p, t)
+    np.testing.assert_array_equal(losses, [0, 0, np.inf, np.inf])
+    np.testing.assert_array_equal(to_p, [1, -1, -np.inf, np.inf])
+    assert np.isfinite(to_t[:2]).all()
+
+
+def test_binary_is_softmax_of_two_classes():
+    z, t = LOGITS.astype(np.float32), SOME.astype(np.float32)
+    pair = np.stack([np.zeros_like(z), z], axis=-1)
+    both = xentjax.softmax_cross_entropy(pair, np.stack([1 - t, t], axis=-1))
+    np.testing.assert_allclose(xentjax.sigmoid_binary_cross_entropy(z, t), both, rtol=1e-6)
+
+
+# Several labels.
+
+
+@pytest.mark.parametrize("axis", [-1, 0, (0, 2), (1, -1), [2, 1, 0]])
+def test_multilabel_is_the_sum_of_its_labels(axis):
+    rng = np.random.default_rng(0)
+    z = 5 * rng.standard_normal((2, 3, 4)).astype(np.float32)
+    t = rng.integers(0, 2, z.shape)
+    axes = axis if isinstance(axis, int) else tuple(axis)
+    each = np.asarray(xentjax.sigmoid_binary_cross_entropy(z, t), np.float64)
+    got = xentjax.multilabel_cross_entropy(z, t, axis=axis)
+    assert got.dtype == jnp.float32
+    np.testing.assert_allclose(got, each.sum(axes), rtol=4e-6)
+
+
+def test_nothing_to_lose():
+    nothing = np.zeros((0, 3), np.float32)
+    assert xentjax.sigmoid_binary_cross_entropy(nothing, nothing).shape == (0, 3)
+    assert xentjax.multilabel_cross_entropy(nothing, nothing).shape == (0,)
+    np.testing.assert_array_equal(xentjax.multilabel_cross_entropy(nothing.T, nothing.T), [0] * 3)
+    assert xentjax.sigmoid_binary_cross_entropy(0.0, True).shape == ()
+
+
+# Others' formulas.
+
+
+def test_agrees_with_optax():
+    rng = np.random.default_rng(1)
+    z, t = 8 * rng.standard_normal((50, 4)), rng.random((50, 4))
+    with jax.enable_x64(True):
+        ours = functools.partial(jax.vjp, xentjax.sigmoid_binary_cross_entropy)
+        theirs = functools.partial(jax.vjp, optax.sigmoid_binary_cross_entropy)
+        (got, got_vjp), (want, want_vjp) = ours(z, t), theirs(z, t)
+        np.testing.assert_allclose(got, want, rtol=1e-13)
+        for a, b in zip(got_vjp(jnp.ones_like(got)), want_vjp(jnp.ones_like(got)), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-15)

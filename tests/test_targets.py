@@ -1,0 +1,338 @@
+"""The algebra of targets: every form under every operation, in any order, against NumPy."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from cases import target_forms
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import xentjax
+from xentjax import SparseTargets
+
+BATCH, CLASSES = 5, 6
+RNG = np.random.default_rng(0)
+PRIOR = RNG.dirichlet(np.ones(CLASSES)).astype(np.float32)
+OTHER_PRIOR = RNG.dirichlet(np.ones(CLASSES)).astype(np.float32)
+CLASS_WEIGHTS = RNG.uniform(0.5, 2, CLASSES).astype(np.float32)
+LAM = RNG.random(BATCH).astype(np.float32)
+LABELS = RNG.integers(0, CLASSES, BATCH)
+TEACHER = RNG.dirichlet(np.ones(CLASSES), BATCH).astype(np.float32)
+FORMS = list(target_forms(BATCH, CLASSES))
+
+# Masses are O(1), and made by a product and a sum of ten or so.
+ATOL = 16 * float(np.finfo(np.float32).eps)
+assert_close = functools.partial(np.testing.assert_allclose, rtol=0, atol=ATOL)
+
+
+def form(name):
+    return target_forms(BATCH, CLASSES)[name]
+
+
+def written_out(targets, num_classes=CLASSES):
+    """Σ_k weights_k · onehot(indices_k) + background_mass · background, loop by loop."""
+    if not isinstance(targets, SparseTargets):
+        targets = np.asarray(targets)
+        return targets.astype(float) if targets.dtype.kind == "f" else np.eye(num_classes)[targets]
+    indices, weights = np.asarray(targets.indices), np.asarray(targets.weights, float)
+    out = np.zeros((*indices.shape[:-1], num_classes))
+    for i in np.ndindex(indices.shape):
+        out[(*i[:-1], indices[i])] += weights[i]
+    if targets.background_mass is not None:
+        mass = np.asarray(targets.background_mass, float)
+        background = targets.background
+        if background is None:
+            background = np.full(num_classes, 1 / num_classes)
+        background = np.asarray(background, float)
+        out += mass @ background if background.ndim == 2 else mass[..., None] * background
+    return out
+
+
+# The library's operation, and the same on masses that are written out.
+OPERATIONS = {
+    "smooth": (
+        lambda t: xentjax.smooth_labels(t, 0.1),
+        lambda m: 0.9 * m + 0.1 / CLASSES,
+    ),
+    "smooth to a prior": (
+        lambda t: xentjax.smooth_labels(t, 0.3, background=PRIOR),
+        lambda m: 0.7 * m + 0.3 * PRIOR,
+    ),
+    "reweight": (
+        lambda t: xentjax.reweight_targets(t, CLASS_WEIGHTS),
+        lambda m: CLASS_WEIGHTS * m,
+    ),
+    "mix with labels": (
+        lambda t: xentjax.mix_targets(t, LABELS, 0.25),
+        lambda m: 0.25 * m + 0.75 * np.eye(CLASSES)[LABELS],
+    ),
+    "mix into smoothed labels, each by its own share": (
+        lambda t: xentjax.mix_targets(xentjax.smooth_labels(LABELS, 0.2), t, LAM),
+        lambda m: (
+            LAM[:, None] * (0.8 * np.eye(CLASSES)[LABELS] + 0.2 / CLASSES) + (1 - LAM[:, None]) * m
+        ),
+    ),
+    "mix with smoothed to another prior": (
+        lambda t: xentjax.mix_targets(
+            t, xentjax.smooth_labels(LABELS, 0.5, background=OTHER_PRIOR), LAM
+        ),
+        lambda m: (
+            LAM[:, None] * m
+            + (1 - LAM[:, None]) * (0.5 * np.eye(CLASSES)[LABELS] + 0.5 * OTHER_PRIOR)
+        ),
+    ),
+    "mix with a dense teacher": (
+        lambda t: xentjax.mix_targets(t, TEACHER, 0.4),
+        lambda m: 0.4 * m + 0.6 * TEACHER,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_dense_targets_writes_every_form_out(name):
+    targets = form(name)
+    dense = xentjax.dense_targets(targets, CLASSES)
+    assert dense.shape == (BATCH, CLASSES)
+    assert_close(dense, written_out(targets))
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize("name", FORMS)
+def test_operation_on_any_form_is_the_operation_on_masses(name, operation):
+    ours, on_masses = OPERATIONS[operation]
+    targets = form(name)
+    got, want = ours(targets), on_masses(written_out(targets))
+    assert_close(xentjax.dense_targets(got, CLASSES), want)
+    assert_close(written_out(got), want)
+    # Dense targets stay dense, and take the same road in the other order.
+    of_dense = ours(xentjax.dense_targets(targets, CLASSES))
+    assert isinstance(of_dense, jax.Array)
+    assert_close(of_dense, want)
+    sparse = name != "dense" and operation != "mix with a dense teacher"
+    assert isinstance(got, SparseTargets) == sparse
+
+
+@settings(deadline=None, max_examples=30, derandomize=True)
+@given(st.sampled_from(FORMS), st.lists(st.sampled_from(list(OPERATIONS)), max_size=4))
+def test_operations_nest_in_any_order(name, operations):
+    targets = form(name)
+    masses = written_out(targets)
+    for operation in operations:
+        ours, on_masses = OPERATIONS[operation]
+        targets, masses = ours(targets), on_masses(masses)
+    got = xentjax.dense_targets(targets, CLASSES)
+    np.testing.assert_allclose(got, masses, rtol=0, atol=4 * ATOL)
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_losses_see_the_masses(name):
+    """Re-weighted, mixed and smoothed, against −Σ t log softmax(z) in float64."""
+    targets, masses = form(name), written_out(form(name))
+    for operation in ("smooth to a prior", "mix with labels", "reweight"):
+        ours, on_masses = OPERATIONS[operation]
+        targets, masses = ours(targets), on_masses(masses)
+    logits = 3 * RNG.standard_normal((BATCH, CLASSES)).astype(np.float32)
+    exponentials = np.exp(logits.astype(float))
+    p = exponentials / exponentials.sum(-1, keepdims=True)
+    losses, pullback = jax.vjp(lambda z: xentjax.softmax_cross_entropy(z, targets), logits)
+    np.testing.assert_allclose(losses, -(masses * np.log(p)).sum(-1), rtol=2e-6)
+    want = masses.sum(-1, keepdims=True) * p - masses
+    np.testing.assert_allclose(pullback(jnp.ones_like(losses))[0], want, rtol=0, atol=2e-6)
+
+
+# Laws.
+
+
+def same(a, b):
+    dense = [xentjax.dense_targets(t, CLASSES) for t in (a, b)]
+    assert_close(dense[0], dense[1])
+
+
+smooth, mix, reweight = xentjax.smooth_labels, xentjax.mix_targets, xentjax.reweight_targets
+
+
+@pytest.mark.parametrize("lam", [0.3, LAM], ids=["shared", "each"])
+@pytest.mark.parametrize("background", [None, PRIOR], ids=["uniform", "prior"])
+@pytest.mark.parametrize("name", ["labels", "dense", "teacher"])
+def test_mixing_smoothed_is_smoothing_mixed(name, background, lam):
+    a, b = form(name), LABELS
+    smoothed = functools.partial(smooth, alpha=0.1, background=background)
+    same(mix(smoothed(a), smoothed(b), lam), smoothed(mix(a, b, lam)))
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_laws(name):
+    t, other = form(name), smooth(LABELS, 0.2, background=OTHER_PRIOR)
+    same(smooth(t, 0.0), t)
+    same(smooth(t, 1.0, background=PRIOR), np.tile(PRIOR, (BATCH, 1)))
+    same(smooth(smooth(t, 0.2), 0.5), smooth(t, 0.6))
+    same(mix(t, other, 1.0), t)
+    same(mix(t, other, 0.0), other)
+    same(mix(t, t, LAM), t)
+    same(mix(t, other, LAM), mix(other, t, 1 - LAM))
+    same(mix(mix(t, other, 0.5), LABELS, 0.8), mix(t, mix(other, LABELS, 2 / 3), 0.4))
+    same(reweight(t, np.ones(CLASSES, np.float32)), t)
+    same(reweight(reweight(t, CLASS_WEIGHTS), PRIOR), reweight(t, CLASS_WEIGHTS * PRIOR))
+    weighted = functools.partial(reweight, class_weights=CLASS_WEIGHTS)
+    same(weighted(mix(t, other, LAM)), mix(weighted(t), weighted(other), LAM))
+
+
+def test_agrees_with_optax():
+    onehot = jnp.eye(CLASSES)[LABELS]
+    for alpha in (0.0, 0.1, 0.7):
+        want = optax.smooth_labels(onehot, alpha)
+        same(smooth(onehot, alpha), want)
+        assert_close(xentjax.dense_targets(smooth(LABELS, alpha), CLASSES), want)
+
+
+def sparse(targets):
+    assert isinstance(targets, SparseTargets)
+    return targets
+
+
+def test_size_grows_no_more_than_it_must():
+    """K adds up in a mix; backgrounds are stacked only where they differ."""
+
+    def shapes(targets):
+        return [np.shape(x) for x in jax.tree.leaves(sparse(targets))]
+
+    a, b = smooth(LABELS, 0.1), smooth(LABELS, 0.1, background=PRIOR)
+    of_one = [(BATCH, 1), (BATCH, 1), (BATCH,)]
+    assert shapes(a) == of_one
+    assert shapes(smooth(smooth(a, 0.2), 0.3)) == of_one
+    assert shapes(b) == [*of_one, (CLASSES,)]
+    assert shapes(smooth(mix(a, a, 0.5), 0.3)) == [(BATCH, 2), (BATCH, 2), (BATCH,)]
+    two = mix(a, b, LAM)
+    assert shapes(two) == [(BATCH, 2), (BATCH, 2), (BATCH, 2), (2, CLASSES)]
+    three = mix(two, smooth(LABELS, 0.1, background=OTHER_PRIOR), 0.5)
+    assert shapes(three) == [(BATCH, 3), (BATCH, 3), (BATCH, 3), (3, CLASSES)]
+    shared = jnp.asarray(PRIOR)
+    c, d = (smooth(labels, 0.1, background=shared) for labels in (LABELS, LABELS[::-1]))
+    assert shapes(mix(c, d, LAM)) == [(BATCH, 2), (BATCH, 2), (BATCH,), (CLASSES,)]
+
+
+@pytest.mark.parametrize("batch", [(), (1,), (2, 3), (0,)])
+def test_any_batch_shape(batch):
+    rng = np.random.default_rng(1)
+    labels, others = rng.integers(0, CLASSES, (2, *batch))
+    lam = rng.random(batch).astype(np.float32)
+    got = smooth(mix(labels, others, lam), 0.1, background=PRIOR)
+    eye = np.eye(CLASSES)
+    want = lam[..., None] * eye[labels] + (1 - lam[..., None]) * eye[others]
+    dense = xentjax.dense_targets(got, CLASSES)
+    assert_close(dense, 0.9 * want + 0.1 * PRIOR)
+    logits = rng.standard_normal((*batch, CLASSES)).astype(np.float32)
+    assert xentjax.softmax_cross_entropy(logits, got).shape == batch
+
+
+def test_background_alone():
+    """K = 0: no class of its own."""
+    nothing = np.zeros((BATCH, 0))
+    targets = SparseTargets(
+        jnp.asarray(nothing, jnp.int32), jnp.asarray(nothing, jnp.float32), jnp.asarray(LAM)
+    )
+    want = np.repeat(LAM[:, None] / CLASSES, CLASSES, axis=1)
+    assert_close(xentjax.dense_targets(targets, CLASSES), want)
+    same(mix(targets, LABELS, 0.5), 0.5 * want.astype(np.float32) + 0.5 * np.eye(CLASSES)[LABELS])
+    same(reweight(targets, CLASS_WEIGHTS), want.astype(np.float32) * CLASS_WEIGHTS)
+
+
+# As pytrees.
+
+
+def masses(targets):
+    return np.asarray(xentjax.dense_targets(targets, CLASSES))
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_through_jit(name):
+    def composed(targets, alpha, lam, class_weights):
+        targets = smooth(mix(targets, LABELS, lam), alpha, background=PRIOR)
+        return reweight(targets, class_weights)
+
+    args = form(name), 0.1, LAM, CLASS_WEIGHTS
+    same(jax.jit(composed)(*args), composed(*args))
+    leaves, treedef = jax.tree.flatten(args[0])
+    same(jax.tree.unflatten(treedef, leaves), args[0])
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_through_vmap(name):
+    """Each example on its own; a background belongs to all of them."""
+    targets = form(name)
+    axes = jax.tree.map(lambda _: 0, targets)
+    if isinstance(axes, SparseTargets):
+        axes = dataclasses.replace(axes, background=None)
+
+    def of_one(targets):
+        return xentjax.dense_targets(smooth(mix(targets, 2, 0.5), 0.1), CLASSES)
+
+    got = jax.vmap(of_one, in_axes=(axes,))(targets)
+    twos = np.full(BATCH, 2)
+    assert_close(got, masses(smooth(mix(targets, twos, 0.5), 0.1)))
+
+
+def test_through_scan():
+    """Microbatches of sparse targets are scanned over as arrays are."""
+    rng = np.random.default_rng(2)
+    labels = rng.integers(0, CLASSES, (2, 3, 4))
+    targets = smooth(mix(labels[0], labels[1], rng.random((3, 4))), 0.1)
+    logits = rng.standard_normal((3, 4, CLASSES)).astype(np.float32)
+
+    def step(carry, microbatch):
+        return carry, xentjax.softmax_cross_entropy(*microbatch)
+
+    _, losses = jax.lax.scan(step, None, (logits, targets))
+    assert_close(losses, xentjax.softmax_cross_entropy(logits, targets), rtol=1e-6)
+
+
+def test_derivatives_to_the_shares():
+    """d/dα = background − t and d/dλ = a − b; both pass through to what the loss sees."""
+    a, b = form("teacher"), LABELS
+    got = jax.jacfwd(lambda alpha: xentjax.dense_targets(smooth(a, alpha), CLASSES))(0.3)
+    np.testing.assert_allclose(got, 1 / CLASSES - written_out(a))
+    got = jax.jacrev(lambda lam: xentjax.dense_targets(mix(a, b, lam), CLASSES))(0.3)
+    assert_close(got, written_out(a) - np.eye(CLASSES)[b])
+    got = jax.jacrev(lambda w: xentjax.dense_targets(reweight(a, w), CLASSES))(CLASS_WEIGHTS)
+    assert_close(got, written_out(a)[..., None] * np.eye(CLASSES))
+
+
+# Labels that are none.
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.uint8, np.int16, np.uint16, np.int64, np.uint64])
+def test_labels_of_any_integer_dtype(dtype):
+    np.testing.assert_array_equal(
+        xentjax.dense_targets(LABELS.astype(dtype), CLASSES), np.eye(CLASSES)[LABELS]
+    )
+
+
+BAD = [-1, CLASSES, 2**31 - 1, -(2**31)]
+# As int32 these would be other labels: 1, 0 and 1.
+WRAPPING = [np.int64(2**32 + 1), np.int64(-(2**32)), np.uint64(2**63 + 2**32 + 1)]
+
+
+@pytest.mark.parametrize("x64", [False, True])
+@pytest.mark.parametrize("bad", [*BAD, *WRAPPING, np.uint32(2**32 - 1)])
+def test_label_outside_the_classes_makes_its_row_nan(bad, x64):
+    with jax.enable_x64(x64):
+        labels = np.array([2, bad, 0], np.asarray(bad).dtype)
+        ways: list[xentjax.Targets] = [labels]
+        if x64 or labels.dtype.itemsize == 4:  # A jax array holds it as it is.
+            ways.append(jnp.asarray(labels))
+        for targets in ways:
+            for got in (targets, smooth(targets, 0.1), reweight(targets, CLASS_WEIGHTS)):
+                dense = xentjax.dense_targets(got, CLASSES)
+                np.testing.assert_array_equal(np.isnan(dense).all(-1), [False, True, False])
+                np.testing.assert_array_equal(np.isnan(dense).any(-1), [False, True, False])
+            mixed = xentjax.dense_targets(mix(targets, np.ones(3, int), 0.5), CLASSES)
+            np.testing.assert_array_equal(np.isnan(mixed).any(-1), [False, True, False])
+            logits = np.zeros((3, CLASSES), np.float32)
+            losses = xentjax.softmax_cross_entropy(logits, targets)
+            np.testing.assert_array_equal(np.isnan(losses), [False, True, False])
+        assert np.isnan(xentjax.dense_targets(labels[1], CLASSES)).all()
