@@ -180,7 +180,8 @@ def js_divergence(
     d = jnp.where(near, d, 0)
     close = m * (d * jnp.arctanh(d) + _log1p(-d * d) / 2)
     far = p * _log_ratio(_safe(p, p), _safe(m, p)) + q * _log_ratio(_safe(q, q), _safe(m, q))
-    return _in_base(jnp.sum(jnp.where(near, close, far / 2), axes), base)
+    terms = _with_derivative(jnp.where(near, close, far / 2), far / 2)
+    return _in_base(jnp.sum(terms, axes), base)
 
 
 def perplexity(nats: ArrayLike) -> Float[Array, "*shape"]:
@@ -345,7 +346,9 @@ def _log_ratio(p, q):
     # One quotient loses less than two logarithms, if it is in range.
     in_range = (p < 1e30 * q) & (q < 1e30 * p)
     quotient = jnp.where(in_range, p, 1) / jnp.where(in_range, q, 1)
-    far = jnp.where(in_range, jnp.log(quotient), jnp.log(p) - jnp.log(q))
+    difference = jnp.log(p) - jnp.log(q)
+    gained = jnp.where(in_range, jnp.log(quotient) - difference, 0)
+    far = difference + jax.lax.stop_gradient(gained)
     return jnp.where(near, _log1p(change), far)
 
 
