@@ -322,6 +322,11 @@ def smooth_labels(
             background.ndim == 1,
             f"background: expected shape [V], got {_checks.describe(background)}",
         )
+        _checks.check(
+            _classes_of(targets) in (None, background.shape[-1]),
+            f"background: expected {_classes_of(targets)} classes, those of targets, got "
+            f"{_checks.describe(background)}",
+        )
     batch = targets.indices.shape[:-1] if isinstance(targets, SparseTargets) else targets.shape[:-1]
     spread = SparseTargets(
         jnp.zeros((*batch, 0), jnp.int32),
