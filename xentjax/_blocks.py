@@ -23,7 +23,7 @@ cancel to nothing.
 import functools
 import math
 from collections.abc import Callable, Hashable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -77,47 +77,94 @@ class Block(NamedTuple):
         return (wide(logits) == _shift(self.m)) & (self.rest < 1)[..., None]
 
 
-def block_of(logits: jax.Array, targets: jax.Array | SparseTargets) -> Block:
+def block_of(
+    logits: jax.Array, targets: jax.Array | SparseTargets, shares: bool = False
+) -> Block:
     """Returns the Block of logits [..., V] under the target mass on those V classes.
 
     XLA's CPU backend writes exp(z) to memory before it sums it. A few rows at a time that is its
     cache, and the rest of memory is read once: this is the one place where a platform is told
     apart. What is sharded automatically must not be sliced, so one device it must be.
+
+    Args:
+      logits: [..., V].
+      targets: The mass on those classes, ready for arithmetic.
+      shares: Whether `logits_cotangent` of the same logits follows. If it can, it then shares the
+        exponentials, which become the cotangent in place.
     """
+    shares &= _left_out(targets) is not None and logits.dtype == wide_dtype(logits.dtype)
     if logits.size < _LARGE or jax.device_count("cpu") > 1:
         return _plain_block_of(logits, targets)
-    return jax.lax.platform_dependent(
-        logits, targets, cpu=_block_of_by_rows, default=_plain_block_of
-    )
-
-
-def _block_of_by_rows(logits, targets):
-    """`_plain_block_of`, a few rows at a time."""
-    batch, num_classes = logits.shape[:-1], logits.shape[-1]
-    size = math.prod(batch)
-    logits, targets = logits.reshape(size, num_classes), _targets.flattened(targets)
-    rows = max(1, min(size, _CACHED // num_classes))
-
-    def step(i, block):
-        # A last step that would reach past the end starts early instead, and repeats some rows.
-        first = jnp.minimum(i * rows, size - rows)
-        z, t = _targets.rows_of((logits, targets), first, rows)
-        new = _plain_block_of(jax.lax.optimization_barrier(z), t)
-        return jax.tree.map(
-            lambda x, part: jax.lax.dynamic_update_slice_in_dim(x, part, first, 0), block, new
+    if not shares:
+        return jax.lax.platform_dependent(
+            logits, targets, cpu=_by_rows(_plain_block_of), default=_plain_block_of
         )
+    m, lifted_rest = _max_and_lifted_rest(logits, _left_out(targets))
+    args = logits, targets, m
+    if targets.background_mass is None:
+        return Block(m, lifted_rest, *_target_sums(*args))
+    sums = jax.lax.platform_dependent(*args, cpu=_by_rows(_target_sums), default=_target_sums)
+    return Block(m, lifted_rest, *sums)
 
-    zeros = jnp.zeros_like(logits[:, 0], wide_dtype(logits.dtype))
-    block = jax.lax.fori_loop(0, -(-size // rows), step, Block(*[zeros] * len(Block._fields)))
-    return jax.tree.map(lambda x: x.reshape(batch), block)
+
+def _by_rows(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns `function` of (logits, targets, *arrays [...]) as a loop over a few rows at a time.
+
+    It returns arrays [...] of the dtype of the arithmetic.
+    """
+
+    def over_rows(logits, targets, *arrays):
+        batch, num_classes = logits.shape[:-1], logits.shape[-1]
+        size = math.prod(batch)
+        rows = max(1, min(size, _CACHED // num_classes))
+        args = logits.reshape(size, num_classes), _targets.flattened(targets)
+        args += tuple(x.reshape(size) for x in arrays)
+
+        def of_rows(first):
+            z, *others = _targets.rows_of(args, first, rows)
+            return function(jax.lax.optimization_barrier(z), *others)
+
+        def step(i, out):
+            # A last step that would reach past the end starts early, and repeats some rows.
+            first = jnp.minimum(i * rows, size - rows)
+            return jax.tree.map(
+                lambda x, part: jax.lax.dynamic_update_slice_in_dim(x, part, first, 0),
+                out,
+                of_rows(first),
+            )
+
+        # Zeros of the logits vary over the same mesh axes as they do.
+        zeros = jnp.zeros_like(args[0][:, 0], wide_dtype(logits.dtype))
+        out = jax.tree.map(lambda _: zeros, jax.eval_shape(of_rows, 0))
+        out = jax.lax.fori_loop(0, -(-size // rows), step, out)
+        return jax.tree.map(lambda x: x.reshape(batch), out)
+
+    return over_rows
 
 
-# 2¹⁸ float32 logits are 1 MiB, a core's second-level cache; up to there a loop gains nothing.
-_LARGE = _CACHED = 2**18
+# 2¹⁸ float32 logits are 1 MiB, a core's second-level cache. A loop only gains where all of them
+# are more than the last cache holds, some 32 MiB.
+_CACHED, _LARGE = 2**18, 2**23
 
 
 def _plain_block_of(logits, targets):
-    m, lifted_rest = _max_and_lifted_rest(logits)
+    m, lifted_rest = _max_and_lifted_rest(logits, _left_out(targets))
+    return Block(m, lifted_rest, *_target_sums(logits, targets, m))
+
+
+def _left_out(targets):
+    """Returns the K classes whose exponentials are kept apart, or None for those of largest z.
+
+    Only where target mass may be near 1 does rest have to be exact if it is small, and K classes
+    are known beforehand.
+    """
+    if not isinstance(targets, SparseTargets) or targets.background is not None:
+        return None
+    return targets.indices if targets.indices.shape[-1] else None
+
+
+def _target_sums(logits, targets, m):
+    """Returns mass, mass_below and excess."""
     shift = _shift(m)
 
     def total(cost, mean=None):
@@ -126,13 +173,9 @@ def _plain_block_of(logits, targets):
     # The mean of [z < m] is this for one maximum; for several, p > 1/2 holds for no class, and
     # mass_below is not used.
     all_but_one = 1 - 1 / logits.shape[-1]
-    return Block(
-        m=m,
-        lifted_rest=lifted_rest,
-        mass=total(jnp.ones_like, mean=1.0),
-        mass_below=total(lambda z: (z < shift).astype(z.dtype), mean=all_but_one),
-        excess=total(lambda z: shift - z),
-    )
+    mass = total(jnp.ones_like, mean=1.0)
+    mass_below = total(lambda z: (z < shift).astype(z.dtype), mean=all_but_one)
+    return mass, mass_below, total(lambda z: shift - z)
 
 
 def merge(a: Block, b: Block) -> Block:
@@ -202,7 +245,15 @@ def logits_cotangent(
     background = _targets.background_over(targets, num_classes)
     picked = jnp.take_along_axis(logits, targets.indices, axis=-1)
     at_indices = entries(picked, _targets.mass_at(targets, targets.indices, num_classes))
-    return _targets.put_at(entries(logits, background), targets.indices, at_indices)
+    left_out = _left_out(targets)
+    if left_out is None:
+        elsewhere = entries(logits, background)
+    else:  # No mass is near 1 there.
+        exponentials, scale = _exponentials_without(logits, block.m, left_out)
+        of_p = (loss_cotangent * block.mass + lse_cotangent) * (scale / (1 + block.rest))
+        elsewhere = of_p[..., None] * exponentials - loss_cotangent[..., None] * background
+        elsewhere = elsewhere.astype(logits.dtype)
+    return _targets.put_at(elsewhere, targets.indices, at_indices)
 
 
 def targets_cotangent(
@@ -221,20 +272,37 @@ def targets_cotangent(
 
 
 @jax.custom_jvp
-def _max_and_lifted_rest(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns m and 2⁵⁸ · rest; where all z are −inf, m is −inf and rest is 0."""
+def _max_and_lifted_rest(
+    logits: jax.Array, left_out: jax.Array | None
+) -> tuple[jax.Array, jax.Array]:
+    """Returns m and 2⁵⁸ · rest; where all z are −inf, m is −inf and rest is 0.
+
+    Args:
+      logits: [..., V].
+      left_out: Classes [..., K]: rest has full relative precision where the largest logit is among
+        them, and the precision of 1 + rest elsewhere. None is all classes.
+    """
     z = wide(logits)
     m = jnp.max(z, axis=-1)
-    exponentials, scale = _exponentials(z, m)
-    others = jnp.where(z < _shift(m), exponentials, 0).sum(-1)
-    maxima = jnp.sum(z == _shift(m), axis=-1, dtype=z.dtype)
-    return m, (scale * _LIFT) * others + _LIFT * jnp.maximum(maxima - 1, 0)
+    if left_out is None:
+        exponentials, scale = _exponentials(z, m)
+        others = jnp.where(z < _shift(m), exponentials, 0).sum(-1)
+        maxima = jnp.sum(z == _shift(m), axis=-1, dtype=z.dtype)
+        return m, (scale * _LIFT) * others + _LIFT * jnp.maximum(maxima - 1, 0)
+    exponentials, scale = _exponentials_without(z, m, left_out)
+    apart = jnp.take_along_axis(z, left_out, axis=-1)
+    counts = ~_targets.is_repeated(left_out)
+    is_max = counts & (apart == _shift(m))
+    others = jnp.where(counts & ~is_max, _exponentials(apart, m)[0], 0).sum(-1)
+    others = (scale * _LIFT) * (exponentials.sum(-1) + others)
+    maxima = is_max.sum(-1, dtype=z.dtype)
+    return m, jnp.maximum(others + _LIFT * (maxima - 1), 0)
 
 
 @_max_and_lifted_rest.defjvp
 def _max_and_lifted_rest_jvp(primals, tangents):
-    (logits,), (tangent,) = primals, tangents
-    m, lifted_rest = _max_and_lifted_rest(logits)
+    (logits, left_out), (tangent, _) = primals, tangents
+    m, lifted_rest = _max_and_lifted_rest(logits, left_out)
     exponentials, scale = _exponentials(wide(logits), m)
     change = (scale * _LIFT) * jnp.sum(exponentials * wide(tangent), axis=-1)
     return (m, lifted_rest), (jnp.zeros_like(m), change)
@@ -261,6 +329,14 @@ def _exponentials(z: jax.Array, m: jax.Array) -> tuple[jax.Array, jax.Array]:
     return _exp_difference(z, shift - _RAISE), _exp_difference(shift - _RAISE, shift)[..., 0]
 
 
+def _exponentials_without(
+    logits: jax.Array, m: jax.Array, left_out: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Returns `_exponentials` with 0 for the classes left out."""
+    exponentials, scale = _exponentials(wide(logits), m)
+    return _targets.put_at(exponentials, left_out, jnp.zeros(left_out.shape, scale.dtype)), scale
+
+
 def _exp_difference(z: jax.Array, shift: jax.Array) -> jax.Array:
     """Returns exp(z − shift) without the error of rounding z − shift.
 
@@ -270,5 +346,5 @@ def _exp_difference(z: jax.Array, shift: jax.Array) -> jax.Array:
     d = z - shift
     minus_shift = d - z
     e = (z - (d - minus_shift)) - (shift + minus_shift)
-    e = jax.lax.stop_gradient(jnp.where(jnp.isfinite(d), e, 0))
+    e = jax.lax.stop_gradient(jnp.where(d > -jnp.inf, e, 0))
     return jnp.exp(d) * (1 + e)

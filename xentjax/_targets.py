@@ -106,17 +106,16 @@ def as_targets(targets: Targets, name: str = "targets") -> jax.Array | SparseTar
 
 def _as_classes(name: str, x: ArrayLike) -> jax.Array:
     """Returns `x` as a jax array; integers too large for int32 stay out of range, not wrapped."""
-    limits = np.iinfo(np.int32)
-    if isinstance(x, np.ndarray | np.generic) and x.dtype.kind in "iu":
-        x = np.clip(x.astype(object), limits.min, limits.max).astype(np.int32)
+    if isinstance(x, np.ndarray | np.generic) and np.issubdtype(x.dtype, np.integer):
+        x = _as_int32(x)  # At once: where JAX has no int64 it would wrap.
     x = _checks.as_array(name, x, "integer labels, floating dense targets or SparseTargets")
-    if not jnp.issubdtype(x.dtype, jnp.integer):
-        return x
-    if x.dtype.itemsize == 8:
-        x = jnp.clip(x, 0 if x.dtype.kind == "u" else limits.min, limits.max)
-    elif x.dtype == jnp.uint32:
-        x = jnp.minimum(x, limits.max)
-    return x.astype(jnp.int32)
+    return _as_int32(x) if jnp.issubdtype(x.dtype, jnp.integer) else x
+
+
+def _as_int32(x: Any) -> Any:
+    """Returns integers, of NumPy or JAX, as the nearest int32."""
+    ours, theirs = jnp.iinfo(jnp.int32), jnp.iinfo(x.dtype)
+    return x.clip(max(ours.min, theirs.min), min(ours.max, theirs.max)).astype(jnp.int32)
 
 
 def check_targets(
@@ -218,7 +217,7 @@ def masked(tree: Any, mask: jax.Array | None) -> Any:
     """Returns `tree` with 0 in the examples masked out; its arrays are [...] or [..., K]."""
     if mask is None:
         return tree
-    return jax.tree.map(lambda x: jnp.where(expand_like(mask, x), x, 0), tree)
+    return jax.tree.map(lambda x: jnp.where(expand_like(mask, x), x, jnp.zeros_like(x)), tree)
 
 
 def kept(
@@ -269,10 +268,15 @@ def put_at(x: jax.Array, indices: jax.Array, values: jax.Array) -> jax.Array:
             x = jnp.where(classes == indices[..., j, None], values[..., j, None], x)
         return x
     # The scatter's transpose needs distinct indices: repeats go out of range and are dropped.
-    order = jnp.arange(k)
-    earlier = (indices[..., :, None] == indices[..., None, :]) & (order[:, None] > order)
-    indices = jnp.where(earlier.any(-1), num_classes + order, indices)
+    indices = jnp.where(is_repeated(indices), num_classes + jnp.arange(k), indices)
     return x.at[_rows_and(indices)].set(values, mode="drop", unique_indices=True)
+
+
+def is_repeated(indices: jax.Array) -> jax.Array:
+    """Returns where an index [..., K] is one of those before it too."""
+    order = jnp.arange(indices.shape[-1])
+    same = indices[..., :, None] == indices[..., None, :]
+    return (same & (order[:, None] > order)).any(-1)
 
 
 # Up to here a comparison in the loop that writes x costs less than a scatter after it.
