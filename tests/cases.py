@@ -1,5 +1,7 @@
 """What the tests share: target forms, differentiation modes, and the plain formulas beside them."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import mpmath
@@ -8,6 +10,9 @@ import numpy as np
 import xentjax
 
 mpmath.mp.dps = 50
+
+# For small arrays compilation is most of the time: what LLVM would gain them is not worth it.
+jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def target_forms(batch: int, num_classes: int, seed: int = 0) -> dict[str, xentjax.Targets]:

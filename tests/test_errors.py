@@ -46,6 +46,8 @@ def test_every_public_function_is_in_the_table():
     # A switch of no arguments, a type alias, and classes whose parts are checked where they go.
     functions -= {xj.label_checks, xj.Targets}
     functions = {f for f in functions if not isinstance(f, type)}
+    # Those that return a function or run in a shard_map have their errors in tests of their own.
+    functions = {f for f in functions if not f.__module__.endswith("_parallel")}
     assert functions == {bad.function for bad in BAD}
 
 

@@ -74,11 +74,11 @@ def table_row(out, name):
 
 def perplexity(model, windows):
     """Returns the perplexity of the last words of windows, in float64."""
-    model = _lm.Model(*(np.asarray(x, np.float64) for x in model))
-    words = model.embedding[windows[:, :-1]].reshape(len(windows), -1)
-    hidden = words @ model.hidden + model.hidden_bias
+    embedding, bias, kernel, hidden_bias, out = (np.asarray(x, np.float64) for x in model)
+    words = embedding[windows[:, :-1]].reshape(len(windows), -1)
+    hidden = words @ kernel + hidden_bias
     cubic = np.sqrt(2 / np.pi) * (hidden + 0.044715 * hidden**3)
-    logits = (0.5 * hidden * (1 + np.tanh(cubic))) @ model.out @ model.embedding.T + model.bias
+    logits = (0.5 * hidden * (1 + np.tanh(cubic))) @ out @ embedding.T + bias
     lse = np.log(np.exp(logits).sum(-1))
     return np.exp(np.mean(lse - logits[np.arange(len(windows)), windows[:, -1]]))
 
@@ -147,7 +147,7 @@ def test_lm_says_why_it_could_not_save(lm, monkeypatch, tmp_path):
 
 
 def test_lm_without_sources(monkeypatch, tmp_path):
-    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
+    monkeypatch.setattr(sysconfig, "get_path", lambda _: str(tmp_path))
     code, out, err = run_lm(tmp_path / "x.png")
     assert (code, out) == (1, "")
     assert "expected the sources of the standard library, got too few words" in err

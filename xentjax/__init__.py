@@ -16,11 +16,12 @@ from xentjax._linear import (
     LinearStats,
     linear_softmax_cross_entropy,
     linear_softmax_cross_entropy_with_stats,
-    soft_cap,
-    temperature,
 )
+from xentjax._logit_transform import soft_cap, temperature
 from xentjax._mixing import cutmix, mixup
+from xentjax._parallel import data_parallel, per_example, pmap_data_parallel
 from xentjax._reduction import WeightedSum, weighted_mean, weighted_sum
+from xentjax._retargeting import dense_targets, mix_targets, reweight_targets, smooth_labels
 from xentjax._sigmoid import (
     binary_cross_entropy,
     multilabel_cross_entropy,
@@ -31,13 +32,10 @@ from xentjax._softmax import (
     softmax_cross_entropy,
     softmax_cross_entropy_with_stats,
 )
-from xentjax._targets import (
-    SparseTargets,
-    Targets,
-    dense_targets,
-    mix_targets,
-    reweight_targets,
-    smooth_labels,
+from xentjax._targets import SparseTargets, Targets
+from xentjax._vocab_parallel import (
+    vocab_parallel_linear_softmax_cross_entropy,
+    vocab_parallel_softmax_cross_entropy,
 )
 
 __version__ = "0.1.0"
@@ -70,6 +68,12 @@ __all__ = [
     "weighted_mean",
     "weighted_sum",
     "WeightedSum",
+    # One example, one device, many devices.
+    "per_example",
+    "data_parallel",
+    "pmap_data_parallel",
+    "vocab_parallel_softmax_cross_entropy",
+    "vocab_parallel_linear_softmax_cross_entropy",
     # Information measures, of probabilities and of logits.
     "surprisal",
     "entropy",

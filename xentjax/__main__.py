@@ -69,11 +69,17 @@ def _parser() -> argparse.ArgumentParser:
     _add_demo_options(
         add("demo", "Train on handwritten digits with hard labels, smoothed labels and mixup.")
     )
+    _add_lm_options(
+        add("lm", "Train a language model twice, with its logits in memory and without them.")
+    )
     _add_explain_options(
         add(
             "explain",
             "Show how the loss of one prediction comes about, from surprisal to gradient.",
         )
+    )
+    _add_bench_options(
+        add("bench", "Measure time and memory of each loss, beside other libraries' and limits.")
     )
     return parser
 
@@ -87,6 +93,36 @@ def _add_demo_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--output", type=_picture, default="xentjax-demo.png", help="the picture (xentjax-demo.png)"
+    )
+
+
+def _add_lm_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--steps", type=_number(int, 1, 100_000), default=50, help="of the training (50)"
+    )
+    parser.add_argument(
+        "--vocabulary",
+        type=_number(int, 2, 1_000_000),
+        default=30_000,
+        help="how many words to tell apart at most (30000)",
+    )
+    parser.add_argument(
+        "--batch",
+        type=_number(int, 16, 1_000_000),
+        default=1024,
+        help="words that a step predicts (1024)",
+    )
+    parser.add_argument(
+        "--budget",
+        type=_number(int, 0, 1_000_000),
+        default=64,
+        help="MiB of temporaries for the loss without logits (64)",
+    )
+    parser.add_argument(
+        "--seed", type=_number(int, 0, 2**32 - 1), default=0, help="of all that is random (0)"
+    )
+    parser.add_argument(
+        "--output", type=_picture, default="xentjax-lm.png", help="the picture (xentjax-lm.png)"
     )
 
 
@@ -112,6 +148,36 @@ def _add_explain_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_bench_options(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = (
+        "Example: python -m xentjax bench --cases labels,smoothing,language,gradient. Of words of "
+        "one kind (losses, sizes, dtypes, value or gradient) a case has one."
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="smaller and fewer cases, in less than a minute"
+    )
+    parser.add_argument(
+        "--cases",
+        type=lambda text: tuple(text.strip().split(",")),
+        default=(),
+        metavar="WORDS",
+        help="what to measure, in words with commas between them (everything)",
+    )
+    parser.add_argument(
+        "--rounds",
+        type=_number(int, 1, 10_000),
+        default=10,
+        help="samples of each; fewer, but 3, where a case takes long (10)",
+    )
+    parser.add_argument("--json", type=_file, metavar="FILE", help="a record of every number")
+    parser.add_argument(
+        "--output",
+        type=_picture,
+        default="xentjax-bench.png",
+        help="the picture (xentjax-bench.png)",
+    )
+
+
 def _number(kind: type[int] | type[float], low: float, high: float) -> Callable[[str], float]:
     """Returns what reads a number in [low, high]."""
 
@@ -133,6 +199,12 @@ def _picture(text: str) -> Path:
     path = Path(text)
     if path.suffix.lower() not in {".png", ".pdf", ".svg"}:
         raise argparse.ArgumentTypeError(f"expected a name in .png, .pdf or .svg, got {text!r}")
+    return _file(text)
+
+
+def _file(text: str) -> Path:
+    """Reads the name of a file that can be written."""
+    path = Path(text)
     if path.is_dir() or not path.parent.is_dir():
         raise argparse.ArgumentTypeError(f"expected a file in a folder that exists, got {text!r}")
     return path

@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from xentjax import _targets
+from xentjax import _masses
 from xentjax._targets import SparseTargets
 
 # `rest` is kept times 2⁵⁸: float32 loses exp(x) below x = −87, which beside exp(−80) is not
@@ -65,21 +65,20 @@ class Block(NamedTuple):
 
     def surprisal(self, logits: jax.Array) -> jax.Array:
         """Returns lse(z) − z_v, [..., V]."""
-        return (_shift(self.m) - wide(logits)) + jnp.log1p(self.rest)[..., None]
+        return (_top(self.m) - wide(logits)) + jnp.log1p(self.rest)[..., None]
 
     def softmax(self, logits: jax.Array) -> jax.Array:
         """Returns p, [..., V]."""
-        exponentials, scale = _exponentials(wide(logits), self.m)
+        shift, scale = _shift_and_scale(self.m)
+        exponentials = _exp_difference(wide(logits), shift)
         return (scale / (1 + self.rest))[..., None] * exponentials
 
     def is_top(self, logits: jax.Array) -> jax.Array:
         """Returns whether p_v > 1/2, [..., V]: at most one largest logit has that."""
-        return (wide(logits) == _shift(self.m)) & (self.rest < 1)[..., None]
+        return (wide(logits) == _top(self.m)) & (self.rest < 1)[..., None]
 
 
-def block_of(
-    logits: jax.Array, targets: jax.Array | SparseTargets, shares: bool = False
-) -> Block:
+def block_of(logits: jax.Array, targets: jax.Array | SparseTargets, shares: bool = False) -> Block:
     """Returns the Block of logits [..., V] under the target mass on those V classes.
 
     XLA's CPU backend writes exp(z) to memory before it sums it. A few rows at a time that is its
@@ -92,16 +91,18 @@ def block_of(
       shares: Whether `logits_cotangent` of the same logits follows. If it can, it then shares the
         exponentials, which become the cotangent in place.
     """
-    shares &= _left_out(targets) is not None and logits.dtype == wide_dtype(logits.dtype)
-    if logits.size < _LARGE or jax.device_count("cpu") > 1:
+    left_out = _left_out(targets)
+    shares &= left_out is not None and logits.dtype == wide_dtype(logits.dtype)
+    many = _CACHED if left_out is None else _LARGE
+    if logits.size < many or jax.device_count("cpu") > 1:
         return _plain_block_of(logits, targets)
     if not shares:
         return jax.lax.platform_dependent(
             logits, targets, cpu=_by_rows(_plain_block_of), default=_plain_block_of
         )
-    m, lifted_rest = _max_and_lifted_rest(logits, _left_out(targets))
+    m, lifted_rest = _max_and_lifted_rest(logits, left_out)
     args = logits, targets, m
-    if targets.background_mass is None:
+    if not _masses.has_background(targets):
         return Block(m, lifted_rest, *_target_sums(*args))
     sums = jax.lax.platform_dependent(*args, cpu=_by_rows(_target_sums), default=_target_sums)
     return Block(m, lifted_rest, *sums)
@@ -117,12 +118,12 @@ def _by_rows(function: Callable[..., Any]) -> Callable[..., Any]:
         batch, num_classes = logits.shape[:-1], logits.shape[-1]
         size = math.prod(batch)
         rows = max(1, min(size, _CACHED // num_classes))
-        args = logits.reshape(size, num_classes), _targets.flattened(targets)
-        args += tuple(x.reshape(size) for x in arrays)
+        logits = logits.reshape(size, num_classes)
+        others = _masses.flattened(targets), *(x.reshape(size) for x in arrays)
 
         def of_rows(first):
-            z, *others = _targets.rows_of(args, first, rows)
-            return function(jax.lax.optimization_barrier(z), *others)
+            z = slice_unconverted(logits, first, rows, 0)
+            return function(z, *_masses.rows_of(others, first, rows))
 
         def step(i, out):
             # A last step that would reach past the end starts early, and repeats some rows.
@@ -134,7 +135,7 @@ def _by_rows(function: Callable[..., Any]) -> Callable[..., Any]:
             )
 
         # Zeros of the logits vary over the same mesh axes as they do.
-        zeros = jnp.zeros_like(args[0][:, 0], wide_dtype(logits.dtype))
+        zeros = jnp.zeros_like(logits[:, 0], wide_dtype(logits.dtype))
         out = jax.tree.map(lambda _: zeros, jax.eval_shape(of_rows, 0))
         out = jax.lax.fori_loop(0, -(-size // rows), step, out)
         return jax.tree.map(lambda x: x.reshape(batch), out)
@@ -142,9 +143,30 @@ def _by_rows(function: Callable[..., Any]) -> Callable[..., Any]:
     return over_rows
 
 
-# 2¹⁸ float32 logits are 1 MiB, a core's second-level cache. A loop only gains where all of them
-# are more than the last cache holds, some 32 MiB.
+# 2¹⁸ float32 logits are 1 MiB, a core's second-level cache. A loop gains from there on if targets
+# are on all classes, which makes several such arrays, and else from where the last cache, some
+# 32 MiB, ends.
 _CACHED, _LARGE = 2**18, 2**23
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
+def slice_unconverted(x: jax.Array, start: jax.typing.ArrayLike, size: int, axis: int) -> jax.Array:
+    """Returns [start, start + size) of an axis of x, for a loop that slices nothing else of x.
+
+    It slices bits, not numbers: XLA's CPU backend computes in float32, and would convert all of a
+    bfloat16 x before the loop, but a conversion of numbers cannot be moved past this.
+    """
+    x, start = jax.lax.optimization_barrier((x, start))
+    bits = jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}")
+    bits = jax.lax.dynamic_slice_in_dim(bits, start, size, axis)
+    return jax.lax.bitcast_convert_type(bits, x.dtype)
+
+
+@slice_unconverted.defjvp
+def _slice_jvp(size, axis, primals, tangents):
+    (x, start), (tangent, _) = primals, tangents
+    change = jax.lax.dynamic_slice_in_dim(tangent, start, size, axis)
+    return slice_unconverted(x, start, size, axis), change
 
 
 def _plain_block_of(logits, targets):
@@ -165,17 +187,18 @@ def _left_out(targets):
 
 def _target_sums(logits, targets, m):
     """Returns mass, mass_below and excess."""
-    shift = _shift(m)
-
-    def total(cost, mean=None):
-        return _targets.expectation(targets, logits, lambda z: cost(wide(z)), mean)
-
+    top = _top(m)
     # The mean of [z < m] is this for one maximum; for several, p > 1/2 holds for no class, and
     # mass_below is not used.
     all_but_one = 1 - 1 / logits.shape[-1]
-    mass = total(jnp.ones_like, mean=1.0)
-    mass_below = total(lambda z: (z < shift).astype(z.dtype), mean=all_but_one)
-    return mass, mass_below, total(lambda z: shift - z)
+    below_and_excess = _masses.expectations(
+        targets,
+        logits,
+        lambda z: (wide(z) < top).astype(m.dtype),
+        lambda z: top - wide(z),
+        means=(all_but_one, None),
+    )
+    return _masses.total_mass(targets, logits.shape[-1]), *below_and_excess
 
 
 def merge(a: Block, b: Block) -> Block:
@@ -193,14 +216,15 @@ def merge_over(block: Block, axis_name: Hashable) -> Block:
 def _summands(block: Block, m: jax.Array) -> tuple[jax.Array, ...]:
     """Returns what adds over blocks, as seen from a maximum m that is no less than block.m."""
     is_max = (block.m == m) & (m > -jnp.inf)
-    exponential, scale = _exponentials(block.m[..., None], m)
-    fallen = (1 + block.rest) * exponential[..., 0] * (scale * _LIFT)
+    shift, scale = _shift_and_scale(m)
+    exponential = _exp_difference(block.m[..., None], shift)[..., 0]
+    fallen = (1 + block.rest) * exponential * (scale * _LIFT)
     return (
         jnp.where(is_max, block.lifted_rest, fallen),
         is_max.astype(m.dtype),
         block.mass,
         jnp.where(is_max, block.mass_below, block.mass),
-        block.excess + _targets.times_mass(block.mass, _shift(m)[..., 0] - block.m),
+        block.excess + _masses.times_mass(block.mass, _top(m)[..., 0] - block.m),
     )
 
 
@@ -242,18 +266,19 @@ def logits_cotangent(
     if not isinstance(targets, SparseTargets):
         return entries(logits, targets)
     num_classes = logits.shape[-1]
-    background = _targets.background_over(targets, num_classes)
-    picked = jnp.take_along_axis(logits, targets.indices, axis=-1)
-    at_indices = entries(picked, _targets.mass_at(targets, targets.indices, num_classes))
+    background = _masses.background_over(targets, num_classes)
+    picked = _masses.at_classes(logits, targets.indices)
+    at_indices = entries(picked, _masses.mass_at(targets, targets.indices, num_classes))
     left_out = _left_out(targets)
     if left_out is None:
         elsewhere = entries(logits, background)
     else:  # No mass is near 1 there.
-        exponentials, scale = _exponentials_without(logits, block.m, left_out)
+        shift, scale = _shift_and_scale(block.m)
+        exponentials = _exp_without(wide(logits), shift, left_out)
         of_p = (loss_cotangent * block.mass + lse_cotangent) * (scale / (1 + block.rest))
         elsewhere = of_p[..., None] * exponentials - loss_cotangent[..., None] * background
         elsewhere = elsewhere.astype(logits.dtype)
-    return _targets.put_at(elsewhere, targets.indices, at_indices)
+    return _masses.put_at(elsewhere, targets.indices, at_indices)
 
 
 def targets_cotangent(
@@ -266,7 +291,7 @@ def targets_cotangent(
     """Returns loss_cotangent · (lse(z) − z) as a cotangent of targets, before they are prepared."""
 
     def loss(targets):
-        return _targets.expectation(prepare(targets), logits, block.surprisal)
+        return _masses.expectations(prepare(targets), logits, block.surprisal)[0]
 
     return jax.vjp(loss, targets)[1](loss_cotangent)[0]
 
@@ -284,26 +309,24 @@ def _max_and_lifted_rest(
     """
     z = wide(logits)
     m = jnp.max(z, axis=-1)
+    top, (shift, scale) = _top(m), _shift_and_scale(m)
     if left_out is None:
-        exponentials, scale = _exponentials(z, m)
-        others = jnp.where(z < _shift(m), exponentials, 0).sum(-1)
-        maxima = jnp.sum(z == _shift(m), axis=-1, dtype=z.dtype)
-        return m, (scale * _LIFT) * others + _LIFT * jnp.maximum(maxima - 1, 0)
-    exponentials, scale = _exponentials_without(z, m, left_out)
-    apart = jnp.take_along_axis(z, left_out, axis=-1)
-    counts = ~_targets.is_repeated(left_out)
-    is_max = counts & (apart == _shift(m))
-    others = jnp.where(counts & ~is_max, _exponentials(apart, m)[0], 0).sum(-1)
-    others = (scale * _LIFT) * (exponentials.sum(-1) + others)
-    maxima = is_max.sum(-1, dtype=z.dtype)
-    return m, jnp.maximum(others + _LIFT * (maxima - 1), 0)
+        others = jnp.where(z < top, _exp_difference(z, shift), 0).sum(-1)
+        maxima = jnp.sum(z == top, axis=-1, dtype=z.dtype)
+    else:
+        apart, counts = _masses.at_classes(z, left_out), ~_masses.is_repeated(left_out)
+        others = jnp.where(counts & (apart < top), _exp_difference(apart, shift), 0).sum(-1)
+        others += _exp_without(z, shift, left_out).sum(-1)
+        maxima = jnp.sum(counts & (apart == top), axis=-1, dtype=z.dtype)
+    return m, jnp.maximum((scale * _LIFT) * others + _LIFT * (maxima - 1), 0)
 
 
 @_max_and_lifted_rest.defjvp
 def _max_and_lifted_rest_jvp(primals, tangents):
     (logits, left_out), (tangent, _) = primals, tangents
     m, lifted_rest = _max_and_lifted_rest(logits, left_out)
-    exponentials, scale = _exponentials(wide(logits), m)
+    shift, scale = _shift_and_scale(m)
+    exponentials = _exp_difference(wide(logits), shift)
     change = (scale * _LIFT) * jnp.sum(exponentials * wide(tangent), axis=-1)
     return (m, lifted_rest), (jnp.zeros_like(m), change)
 
@@ -318,23 +341,21 @@ def wide(x: jax.Array) -> jax.Array:
     return x.astype(wide_dtype(x.dtype))
 
 
-def _shift(m: jax.Array) -> jax.Array:
+def _top(m: jax.Array) -> jax.Array:
     """Returns what is subtracted from the logits, [..., 1]: m, or 0 where m is −inf."""
     return jnp.where(m == -jnp.inf, 0, m)[..., None]
 
 
-def _exponentials(z: jax.Array, m: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns (exponentials [..., V], scale [...]): exp(z_v − m) = scale · exponentials_v."""
-    shift = jax.lax.stop_gradient(_shift(m))
-    return _exp_difference(z, shift - _RAISE), _exp_difference(shift - _RAISE, shift)[..., 0]
+def _shift_and_scale(m: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns (shift [..., 1], scale [...]): exp(z − m) = scale · exp(z − shift)."""
+    top = jax.lax.stop_gradient(_top(m))
+    return top - _RAISE, _exp_difference(top - _RAISE, top)[..., 0]
 
 
-def _exponentials_without(
-    logits: jax.Array, m: jax.Array, left_out: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """Returns `_exponentials` with 0 for the classes left out."""
-    exponentials, scale = _exponentials(wide(logits), m)
-    return _targets.put_at(exponentials, left_out, jnp.zeros(left_out.shape, scale.dtype)), scale
+def _exp_without(z: jax.Array, shift: jax.Array, left_out: jax.Array) -> jax.Array:
+    """Returns exp(z − shift), [..., V], with 0 for the classes left out."""
+    exponentials = _exp_difference(z, shift)
+    return _masses.put_at(exponentials, left_out, jnp.zeros(left_out.shape, z.dtype))
 
 
 def _exp_difference(z: jax.Array, shift: jax.Array) -> jax.Array:

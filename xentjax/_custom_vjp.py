@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 from jax.custom_derivatives import SymbolicZero
-from jax.extend.core import Primitive, jaxpr_as_fun
+from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 
@@ -44,6 +44,7 @@ def custom_vjp(
         out, residuals = fwd(live, *primals)
         residuals, residuals_def = jax.tree.flatten(residuals)
         out_leaves, out_def = jax.tree.flatten(out)
+        out_avals = tuple(map(jax.typeof, out_leaves))
 
         def pullback(residuals, cotangents):
             residuals = jax.tree.unflatten(residuals_def, residuals)
@@ -53,9 +54,9 @@ def custom_vjp(
             def linear(cotangents):
                 return pullback(residuals, cotangents)
 
-            return jax.linear_transpose(linear, out_leaves)(tangents)[0]
+            return jax.linear_transpose(linear, list(out_avals))(tangents)[0]
 
-        tangent = _bind(pushforward, pullback, residuals, _select(live, tangents))
+        tangent = _bind(pushforward, pullback, out_avals, residuals, _select(live, tangents))
         return out, jax.tree.unflatten(out_def, tangent)
 
     function.defjvp(jvp, symbolic_zeros=True)
@@ -81,30 +82,30 @@ def _select(live: tuple[Any, ...], trees: tuple[Any, ...]) -> list[Any]:
     return selected
 
 
-# (residuals, tangents) -> J·tangents. `jaxpr` computes it; `pullback(residuals, cotangents)` is its
-# transpose in the tangents.
+# (residuals, tangents) -> J·tangents, which `pushforward` computes, traced only if it is asked for.
+# `pullback(residuals, cotangents)` is its transpose in the tangents.
 _pushforward_p = Primitive("xentjax_pushforward")
 _pushforward_p.multiple_results = True
 
 
-def _bind(pushforward, pullback, residuals, tangents):
+def _bind(pushforward, pullback, out_avals, residuals, tangents):
     """Returns pushforward(residuals, tangents) as one equation, whose transpose is `pullback`."""
     return _pushforward_p.bind(
         *residuals,
         *tangents,
-        jaxpr=jax.make_jaxpr(pushforward)(residuals, tangents),
+        pushforward=pushforward,
         pullback=pullback,
+        out_avals=out_avals,
         num_residuals=len(residuals),
     )
 
 
-def _evaluate(*args, jaxpr, pullback, num_residuals):
-    del pullback, num_residuals
-    return jaxpr_as_fun(jaxpr)(*args)
+def _evaluate(*args, pushforward, num_residuals, **_):
+    return pushforward(list(args[:num_residuals]), list(args[num_residuals:]))
 
 
-def _jvp(primals, tangents, *, jaxpr, pullback, num_residuals):
-    params = {"jaxpr": jaxpr, "pullback": pullback, "num_residuals": num_residuals}
+def _jvp(primals, tangents, *, num_residuals, **functions):
+    params = {"num_residuals": num_residuals, **functions}
     moved = [i for i in range(num_residuals) if not isinstance(tangents[i], ad.Zero)]
 
     def of_moved(values):
@@ -123,8 +124,7 @@ def _jvp(primals, tangents, *, jaxpr, pullback, num_residuals):
     return out, out_tangents
 
 
-def _transpose(cotangents, *args, jaxpr, pullback, num_residuals):
-    del jaxpr
+def _transpose(cotangents, *args, pullback, num_residuals, **_):
     residuals, tangents = list(args[:num_residuals]), args[num_residuals:]
     cotangents = pullback(residuals, [ad.instantiate_zeros(ct) for ct in cotangents])
     wanted = [ad.is_undefined_primal(t) for t in tangents]
@@ -132,7 +132,7 @@ def _transpose(cotangents, *args, jaxpr, pullback, num_residuals):
     return [None] * num_residuals + selected
 
 
-def _batch(args, axes, *, jaxpr, pullback, num_residuals):
+def _batch(args, axes, *, pushforward, pullback, num_residuals, **_):
     (size,) = {x.shape[a] for x, a in zip(args, axes, strict=True) if a is not None}
 
     def at_front(x, axis, must):
@@ -150,18 +150,16 @@ def _batch(args, axes, *, jaxpr, pullback, num_residuals):
     residuals, tangents = split([x for x, _ in pairs])
     in_axes, _ = split([a for _, a in pairs])
 
-    def pushforward(residuals, tangents):
-        return _evaluate(*residuals, *tangents, jaxpr=jaxpr, pullback=None, num_residuals=None)
-
     axes = (in_axes, 0)
     pushforward = jax.vmap(pushforward, in_axes=axes, axis_size=size)
     pullback = jax.vmap(pullback, in_axes=axes, axis_size=size)
-    out = _bind(pushforward, pullback, residuals, tangents)
+    out_avals = tuple(jax.make_jaxpr(pushforward)(residuals, tangents).out_avals)
+    out = _bind(pushforward, pullback, out_avals, residuals, tangents)
     return out, [0] * len(out)
 
 
 _pushforward_p.def_impl(_evaluate)
-_pushforward_p.def_abstract_eval(lambda *_, jaxpr, **__: jaxpr.out_avals)
+_pushforward_p.def_abstract_eval(lambda *_, out_avals, **__: list(out_avals))
 ad.primitive_jvps[_pushforward_p] = _jvp
 ad.primitive_transposes[_pushforward_p] = _transpose
 batching.primitive_batchers[_pushforward_p] = _batch

@@ -8,7 +8,6 @@ data seems to keep each writer's digits together, so the test is mostly in hands
 import argparse
 import dataclasses
 import math
-import sys
 import time
 from collections.abc import Callable, Iterator
 
@@ -27,6 +26,7 @@ from rich.table import Table
 from sklearn.datasets import load_digits
 
 import xentjax
+from xentjax._commands import COLOURS, fail, tidy
 
 TRAIN_SIZE = 900
 BATCH_SIZE = 50
@@ -38,7 +38,6 @@ MIXUP_ALPHA = 0.4
 NUM_BINS = 10
 FEWEST_SHOWN = 5  # An accuracy of fewer predictions is mostly chance: such bins are not drawn.
 TOLERANCE = 1e-6  # Of the comparison with optax.
-COLOURS = ("#0072b2", "#d55e00", "#009e73")  # Apart for colour-blind readers too.
 
 Params = list[tuple[jax.Array, jax.Array]]
 Set = tuple[Float[Array, "n 64"], Int[Array, " n"]]
@@ -137,12 +136,6 @@ def run(arguments: argparse.Namespace) -> int:
                 f"expected a relative difference of at most {TOLERANCE:g}"
             )
     return 0
-
-
-def fail(message: str) -> int:
-    """Prints what went wrong; returns the exit code."""
-    print(f"error: {message}", file=sys.stderr)
-    return 1
 
 
 def load() -> tuple[Set, Set]:
@@ -296,9 +289,7 @@ def picture(courses: dict[str, list[Epoch]], results: dict[str, Result]) -> Figu
     draw_reliability(axes["reliability"], results)
     draw_shares(axes["shares"], results)
     for ax in axes.values():
-        ax.grid(alpha=0.25)
-        ax.set_axisbelow(True)
-        ax.spines[["top", "right"]].set_visible(False)
+        tidy(ax)
     return figure
 
 

@@ -9,17 +9,21 @@
 * Recomputed: over blocks of the vocabulary, once forward for the log-normalizers, and once more
   backward for the gradients. Four matmuls. It gives one loss per token, serves any cotangent, and
   each block of the kernel's gradient is written once.
+
+Either way the classes may be one of several shards, each on a device of its own. What their blocks
+tell is then merged over devices before it is used, and the gradients of what the devices share are
+summed over them after.
 """
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from xentjax import _blocks, _targets
+from xentjax import _blocks, _masses, _mesh
 from xentjax._blocks import Block, wide_dtype
 from xentjax._custom_vjp import custom_vjp
 from xentjax._targets import SparseTargets
@@ -34,6 +38,7 @@ class Head:
     tokens: int  # Tokens in a chunk.
     classes: int  # Classes in a block.
     keeps_logits: bool  # Whether there is memory for the way that keeps them.
+    axes: tuple[Hashable, ...] = ()  # Mesh axes that the classes are split over.
     with_stats: bool = False
 
 
@@ -64,6 +69,11 @@ def _rule(head, fwd, bwd):
     return custom_vjp(lambda *args: fwd(jax.tree.map(lambda _: False, args), *args)[0], fwd, bwd)
 
 
+def _merged_over_devices(head, block):
+    """Returns the Block of the classes of all shards."""
+    return _blocks.merge_over(block, head.axes) if head.axes else block
+
+
 # Recomputed: one loss per token.
 
 
@@ -72,7 +82,7 @@ def _losses_fwd(head, live, inputs, params, targets, mask):
     num_tokens, num_classes = inputs.shape[0], params.kernel.shape[head.class_axis]
 
     def on_tokens(first, length, out):
-        x, t, keep = _targets.rows_of((inputs, targets, mask), first, length)
+        x, t, keep = _masses.rows_of((inputs, targets, mask), first, length)
 
         def on_classes(start, size, carry):
             block, stats = carry
@@ -84,10 +94,13 @@ def _losses_fwd(head, live, inputs, params, targets, mask):
             return _blocks.merge(block, new), stats
 
         return _put(
-            out, _for_each(num_classes, head.classes, on_classes, _no_classes(head, x)), first
+            out,
+            _for_each(num_classes, head.classes, on_classes, _no_classes(head, x, params)),
+            first,
         )
 
-    block, stats = _for_each(num_tokens, head.tokens, on_tokens, _no_classes(head, inputs))
+    block, stats = _for_each(num_tokens, head.tokens, on_tokens, _no_classes(head, inputs, params))
+    block = _merged_over_devices(head, block)
     stats = (stats.prediction, stats.label.loss) if head.with_stats else (None, None)
     out = (block.loss, block.log_normalizer, *jax.lax.stop_gradient(stats))
     return out, (inputs, params, targets, mask, block)
@@ -103,15 +116,16 @@ class _Stats(NamedTuple):
 def _merge_stats(head, stats, block, params, logits, targets, start):
     """Returns the stats of the classes so far, whose Block is `block`, and of those of logits."""
     num_classes = params.kernel.shape[head.class_axis]
-    heaviest = _targets.heaviest_class(targets, num_classes)[:, None]
+    heaviest = _masses.heaviest_class(targets, num_classes)[:, None]
     label = SparseTargets(heaviest, jnp.ones(heaviest.shape, block.m.dtype))
-    label = _targets.targets_of_block(label, start, logits.shape[-1], num_classes)
+    label = _masses.targets_of_block(label, start, logits.shape[-1], num_classes)
     best = (start + jnp.argmax(logits, axis=-1)).astype(block.m.dtype)
     prediction = jnp.where(logits.max(-1) > block.m, best, stats.prediction)
     return _Stats(prediction, _blocks.merge(stats.label, _blocks.block_of(logits, label)))
 
 
-def _losses_bwd(head, live, residuals, cotangent):
+def _losses_bwd(head, live, residuals, cotangent, times=1):
+    """Returns the cotangents of the arguments, for `times` the cotangent of the losses."""
     inputs, params, targets, mask, block = residuals
     num_tokens, num_classes = inputs.shape[0], params.kernel.shape[head.class_axis]
     live_inputs, live_params, live_targets, _ = live
@@ -123,36 +137,55 @@ def _losses_bwd(head, live, residuals, cotangent):
         def on_tokens(first, length, carry):
             sum_inputs, sum_params = carry
             rows = (inputs, targets, mask, block, cotangent[:2])
-            x, t, keep, b, ct = _targets.rows_of(rows, first, length)
+            x, t, keep, b, ct = _masses.rows_of(rows, first, length)
             p, t_block = _of_classes(head, params, t, keep, start, size)
             dx, dp = _pull_back(head, live, x, p, _raw_logits(head, x, p), b, t_block, ct)
             return _add(sum_inputs, dx, first), jax.tree.map(jnp.add, sum_params, dp)
 
-        zeros = _zeros_of(live_params, p_block, inputs)
+        zeros = _zeros_of(live_params, p_block)
         carry = _for_each(num_tokens, head.tokens, on_tokens, (sum_inputs, zeros))
         sum_inputs, of_block = carry
+        of_block = jax.tree.map(lambda ct: times * ct, of_block)
         return sum_inputs, Params(
             kernel=_put(all_params.kernel, of_block.kernel, start, head.class_axis),
             bias=_put(all_params.bias, of_block.bias, start),
             constants=jax.tree.map(jnp.add, all_params.constants, of_block.constants),
         )
 
-    carry = (
-        _zeros_of(live_inputs, inputs, inputs),
-        _zeros_of(live_params, params, inputs, own=True),
-    )
+    carry = _zeros_of(live_inputs, inputs), _zeros_of(live_params, params, own=True)
     inputs_cotangent, params_cotangent = carry
     if any(jax.tree.leaves((live_inputs, live_params))):
-        carry = _for_each(num_classes, head.classes, on_classes, carry)
-        inputs_cotangent, params_cotangent = _cast_like(carry, (inputs, params))
+        sum_inputs, of_params = _for_each(num_classes, head.classes, on_classes, carry)
+        of_inputs = jax.tree.map(lambda ct: times * ct, sum_inputs)
+        inputs_cotangent, params_cotangent = _cast_like((of_inputs, of_params), (inputs, params))
     targets_cotangent = None
     if any(jax.tree.leaves(live_targets)):
-
-        def losses(targets):
-            return _losses_fwd(head, live, inputs, params, targets, mask)[0][0]
-
-        (targets_cotangent,) = jax.vjp(losses, targets)[1](cotangent[0])
+        own = _mesh.varying(times * cotangent[0], head.axes)
+        losses = functools.partial(_losses_given_block, head, inputs, params, mask, block)
+        (targets_cotangent,) = jax.vjp(losses, targets)[1](own)
     return inputs_cotangent, params_cotangent, targets_cotangent, None
+
+
+def _losses_given_block(head, inputs, params, mask, block, targets):
+    """Returns what this device's classes add to the losses, the Block of all classes being known.
+
+    It is linear in targets, and no rule of ours stands between it and its derivatives.
+    """
+    num_tokens, num_classes = inputs.shape[0], params.kernel.shape[head.class_axis]
+
+    def on_tokens(first, length, losses):
+        x, t, keep, b = _masses.rows_of((inputs, targets, mask, block), first, length)
+
+        def on_classes(start, size, total):
+            p, t_block = _of_classes(head, params, t, keep, start, size)
+            logits = head.transform(_raw_logits(head, x, p), *p.constants)
+            return total + _masses.expectations(t_block, logits, b.surprisal)[0]
+
+        zeros = _zeros((length,), b.m.dtype, x)
+        return _put(losses, _for_each(num_classes, head.classes, on_classes, zeros), first)
+
+    zeros = _zeros((num_tokens,), block.m.dtype, inputs)
+    return _for_each(num_tokens, head.tokens, on_tokens, zeros)
 
 
 # Kept: a sum over tokens.
@@ -170,27 +203,36 @@ def _total_fwd(head, live, inputs, params, targets, mask, coefficients):
     args = (inputs, params, targets, mask)
     if not _keeps_logits(head, live):
         (losses, *_), residuals = _losses_fwd(head, live[:4], *args)
-        return jnp.sum(_targets.times_mass(coefficients, losses)), (residuals, losses, coefficients)
-    # Gradients are of losses times coefficients of at most 1: in float16, 1 / N would underflow.
-    largest = jax.lax.stop_gradient(jnp.max(jnp.abs(coefficients), initial=0))
-    scale = jnp.where(largest == 0, 1, largest)
+        return jnp.sum(_masses.times_mass(coefficients, losses)), (residuals, losses, coefficients)
+    scale = _scale_of(coefficients)
     losses, cotangents = _losses_and_cotangents(head, live, *args, coefficients / scale)
-    cotangents = jax.tree.map(lambda ct: scale * ct, cotangents)
-    return jnp.sum(_targets.times_mass(coefficients, losses)), (
-        _cast_like(cotangents, (inputs, params)),
-        losses,
-        coefficients,
-    )
+    total = jnp.sum(_masses.times_mass(coefficients, losses))
+    return total, ((cotangents, scale, params), losses, coefficients)
 
 
 def _total_bwd(head, live, residuals, cotangent):
     residuals, losses, coefficients = residuals
     if _keeps_logits(head, live):
-        times = jax.tree.map(lambda ct: (cotangent * ct).astype(ct.dtype), residuals)
-        return (*times, None, None, cotangent * losses)
-    loss_cotangent = cotangent * coefficients
-    each = (loss_cotangent, jnp.zeros_like(loss_cotangent))
-    return (*_losses_bwd(head, live[:4], residuals, each), cotangent * losses)
+        unscaled, scale, params = residuals
+        of_args = jax.tree.map(lambda ct: (cotangent * scale) * ct, unscaled)
+        of_args = _cast_like(of_args, (unscaled[0], params))
+        return (*of_args, None, None, cotangent * losses)
+    scale = _scale_of(coefficients)
+    each = (coefficients / scale, jnp.zeros_like(coefficients))
+    of_args = _losses_bwd(head, live[:4], residuals, each, times=cotangent * scale)
+    return (*of_args, cotangent * losses)
+
+
+def _scale_of(coefficients):
+    """Returns what to divide coefficients by, and to multiply gradients with at the end.
+
+    In float16, the logits' gradients underflow if they are divided by the number of tokens.
+    """
+    largest = jax.lax.stop_gradient(jnp.max(jnp.abs(coefficients), initial=0))
+    return jnp.where(largest == 0, 1, largest) / _LARGEST
+
+
+_LARGEST = 64  # Of the coefficients then: below that of float16, 65504, by a mass of a thousand.
 
 
 def _losses_and_cotangents(head, live, inputs, params, targets, mask, coefficients):
@@ -200,7 +242,7 @@ def _losses_and_cotangents(head, live, inputs, params, targets, mask, coefficien
 
     def on_tokens(first, length, carry):
         losses, all_inputs, sum_params = carry
-        x, t, keep, c = _targets.rows_of((inputs, targets, mask, coefficients), first, length)
+        x, t, keep, c = _masses.rows_of((inputs, targets, mask, coefficients), first, length)
 
         def make_logits(start, size, carry):
             kept, block = carry
@@ -211,8 +253,9 @@ def _losses_and_cotangents(head, live, inputs, params, targets, mask, coefficien
 
         dtype = wide_dtype(params.kernel.dtype, inputs.dtype)
         kept = _zeros((length, num_classes), dtype, x)
-        carry = (kept, _no_classes(head, x)[0])
+        carry = (kept, _no_classes(head, x, params)[0])
         kept, block = _for_each(num_classes, head.classes, make_logits, carry)
+        block = _merged_over_devices(head, block)
 
         def use_logits(start, size, carry):
             sum_inputs, sum_params = carry
@@ -226,13 +269,14 @@ def _losses_and_cotangents(head, live, inputs, params, targets, mask, coefficien
                 constants=sum_params.constants,  # None, each: else the logits are not kept.
             )
 
-        carry = (_zeros_of(live_inputs, x, x), sum_params)
+        carry = (_zeros_of(live_inputs, x), sum_params)
         dx, sum_params = _for_each(num_classes, head.classes, use_logits, carry)
         return _put(losses, block.loss, first), _put(all_inputs, dx, first), sum_params
 
-    losses = _zeros(inputs.shape[:1], wide_dtype(params.kernel.dtype, inputs.dtype), inputs)
-    sum_params = _zeros_of(live_params, params, inputs)
-    carry = (losses, _zeros_of(live_inputs, inputs, inputs, own=True), sum_params)
+    dtype = wide_dtype(params.kernel.dtype, inputs.dtype)
+    losses = _zeros(inputs.shape[:1], dtype, coefficients)
+    sum_params = _zeros_of(live_params, params)
+    carry = (losses, _zeros_of(live_inputs, inputs, own=True), sum_params)
     losses, *cotangents = _for_each(num_tokens, head.tokens, on_tokens, carry)
     return losses, tuple(cotangents)
 
@@ -257,9 +301,11 @@ def _pull_back(head, live, inputs, params, raw, block, targets, cotangent):
     raw_cotangent, *constants = transpose(
         _blocks.logits_cotangent(block, logits, targets, *cotangent)
     )
-    operand = raw_cotangent.astype(jnp.promote_types(inputs.dtype, params.kernel.dtype))
+    dtype = jnp.promote_types(inputs.dtype, params.kernel.dtype)
+    operand = raw_cotangent.astype(dtype)
     pair = (operand, inputs) if head.class_axis == 0 else (inputs, operand)
-    return _dot(operand, params.kernel, 1, head.class_axis) if live_inputs else None, Params(
+    dx = _dot(operand, params.kernel, 1, head.class_axis) if live_inputs else None
+    return dx, Params(
         kernel=_dot(*pair, 0, 0) if live_params.kernel else None,
         bias=raw_cotangent.sum(0) if live_params.bias else None,
         constants=[
@@ -281,52 +327,35 @@ def _dot(a, b, a_axis, b_axis):
 def _of_classes(head, params, targets, mask, start, size):
     """Returns (params, targets) of classes [start, start + size), targets ready for arithmetic."""
     num_classes = params.kernel.shape[head.class_axis]
-    targets = _targets.targets_of_block(targets, start, size, num_classes)
+    targets = _masses.targets_of_block(targets, start, size, num_classes)
     dtype = wide_dtype(params.kernel.dtype)
-    return _params_of_classes(head, params, start, size), _targets.kept(targets, mask, dtype)
+    return _params_of_classes(head, params, start, size), _masses.kept(targets, mask, dtype)
 
 
 def _params_of_classes(head, params, start, size):
     """Returns the params of classes [start, start + size)."""
     kernel, bias = params.kernel, params.bias
     if size < kernel.shape[head.class_axis]:
-        kernel = _slice(kernel, start, size, head.class_axis)
+        kernel = _blocks.slice_unconverted(kernel, start, size, head.class_axis)
         bias = bias if bias is None else jax.lax.dynamic_slice_in_dim(bias, start, size, 0)
     return Params(kernel, bias, params.constants)
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
-def _slice(kernel, start, size, axis):
-    """Returns [start, start + size) of an axis of the kernel.
-
-    It slices bits, not numbers: XLA's CPU backend multiplies in float32, and would convert all of
-    a bfloat16 kernel before the loop, but a conversion of numbers cannot be moved past this.
-    """
-    kernel, start = jax.lax.optimization_barrier((kernel, start))
-    bits = jax.lax.bitcast_convert_type(kernel, f"uint{8 * kernel.dtype.itemsize}")
-    bits = jax.lax.dynamic_slice_in_dim(bits, start, size, axis)
-    return jax.lax.bitcast_convert_type(bits, kernel.dtype)
-
-
-@_slice.defjvp
-def _slice_jvp(size, axis, primals, tangents):
-    (kernel, start), (tangent, _) = primals, tangents
-    change = jax.lax.dynamic_slice_in_dim(tangent, start, size, axis)
-    return _slice(kernel, start, size, axis), change
 
 
 def _for_each(size: int, chunk: int, body: Callable[[Any, int, Any], Any], carry: Any) -> Any:
     """Returns carry after carry = body(start, length, carry) along [0, size), `chunk` at a time.
 
-    A shorter last piece is a body of its own: nothing is padded, so nothing has to be masked.
+    A shorter piece is a body of its own: nothing is padded, so nothing has to be masked. It is the
+    first, because what a loop leaves behind XLA would copy before changing it further.
     """
     count, remainder = divmod(size, chunk)
+    if remainder:
+        carry = body(0, remainder, carry)
     full = jax.checkpoint(lambda carry, start: (body(start, chunk, carry), None))
     if count == 1:
-        carry, _ = full(carry, 0)
+        carry, _ = full(carry, remainder)
     elif count > 1:
-        carry, _ = jax.lax.scan(full, carry, jnp.arange(count) * chunk)
-    return body(count * chunk, remainder, carry) if remainder else carry
+        carry, _ = jax.lax.scan(full, carry, remainder + jnp.arange(count) * chunk)
+    return carry
 
 
 def _put(tree: Any, parts: Any, start: Any, axis: int = 0) -> Any:
@@ -352,18 +381,19 @@ def _zeros(shape: Sequence[int], dtype: Any, like: jax.Array) -> jax.Array:
     return jnp.broadcast_to(zero, shape)
 
 
-def _zeros_of(live: Any, tree: Any, like: jax.Array, own: bool = False) -> Any:
+def _zeros_of(live: Any, tree: Any, own: bool = False) -> Any:
     """Returns zeros for the live arrays of `tree`, in float32 or in their own dtype; else None."""
 
     def zeros(wanted, x):
-        return _zeros(x.shape, x.dtype if own else wide_dtype(x.dtype), like) if wanted else None
+        return _zeros(x.shape, x.dtype if own else wide_dtype(x.dtype), x) if wanted else None
 
     return jax.tree.map(zeros, live, tree)
 
 
-def _no_classes(head: Head, inputs: jax.Array) -> tuple[Block, _Stats | None]:
+def _no_classes(head: Head, inputs: jax.Array, params: Params) -> tuple[Block, _Stats | None]:
     """Returns the Block of no classes at all, for each of the inputs, and the stats if wanted."""
-    zeros = _zeros(inputs.shape[:1], wide_dtype(inputs.dtype), inputs)
+    dtype = wide_dtype(inputs.dtype, params.kernel.dtype)
+    zeros = _zeros(inputs.shape[:1], dtype, inputs)
     block = Block(zeros - jnp.inf, zeros, zeros, zeros, zeros)
     return block, _Stats(zeros, block) if head.with_stats else None
 

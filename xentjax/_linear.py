@@ -2,22 +2,18 @@
 
 import dataclasses
 import math
-from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
-from xentjax import _checks, _head, _targets
+from xentjax import _checks, _head, _masses, _mesh, _targets
 from xentjax._blocks import wide_dtype
 from xentjax._head import Head, Params
+from xentjax._logit_transform import LogitTransform, converted
 from xentjax._reduction import WeightedSum
 from xentjax._targets import SparseTargets, Targets
-
-LogitTransform = Callable[[jax.Array], jax.Array]
-"""An elementwise function of logits."""
 
 
 class LinearStats(NamedTuple):
@@ -91,28 +87,15 @@ def linear_softmax_cross_entropy(
       >>> kernel = jnp.array([[2.0, 0, 0], [0, 0, 0]])
       >>> loss = xentjax.linear_softmax_cross_entropy(inputs, kernel, labels)
       >>> print(loss, xentjax.softmax_cross_entropy(inputs @ kernel, labels).mean())
-      0.669079 0.669079
+      0.6691 0.6691
 
     Source:
       Wijmans et al., Cut Your Losses in Large-Vocabulary Language Models, 2025, section 4.
     """
-    _checks.check(
-        reduction in ("mean", "sum", "none"),
-        f'reduction: expected "mean", "sum" or "none", got {reduction!r}',
+    call = prepare(
+        inputs, kernel, targets, bias, class_axis, where, weights, logit_transform, memory_budget
     )
-    call = _prepare(
-        inputs, kernel, targets, bias, class_axis, where, logit_transform, memory_budget
-    )
-    w = jnp.ones(call.batch) if weights is None else _checks.as_array("weights", weights)
-    _checks.check_floating("weights", w)
-    _checks.check_shape("weights", w, call.batch, "the batch of inputs")
-    w = _targets.masked(w.reshape(-1).astype(call.dtype), call.mask)
-    if reduction == "none":
-        losses, *_ = _head.make_losses(call.head)(*call.args)
-        return _targets.times_mass(w, losses).reshape(call.batch)
-    if reduction == "mean":
-        w = w * WeightedSum(jnp.ones((), call.dtype), w.sum()).mean()
-    return _head.make_total(call.head)(*call.args, w)
+    return reduced(call, reduction)
 
 
 def linear_softmax_cross_entropy_with_stats(
@@ -152,98 +135,52 @@ def linear_softmax_cross_entropy_with_stats(
       >>> inputs, labels = jnp.eye(2), jnp.array([0, 1])
       >>> kernel = jnp.array([[2.0, 0, 0], [0, 0, 1]])
       >>> loss, stats = xentjax.linear_softmax_cross_entropy_with_stats(inputs, kernel, labels)
-      >>> print(stats.prediction, stats.correct, stats.label_log_probability)
-      [0 2] [ True False] [-0.23954 -1.55144]
+      >>> print(stats.prediction, stats.correct, stats.label_log_probability.round(4))
+      [0 2] [ True False] [-0.2395 -1.5514]
 
     Source:
       Wijmans et al., Cut Your Losses in Large-Vocabulary Language Models, 2025, section 4.
     """
-    call = _prepare(
-        inputs, kernel, targets, bias, class_axis, where, logit_transform, memory_budget
+    call = prepare(
+        inputs, kernel, targets, bias, class_axis, where, None, logit_transform, memory_budget
     )
-    targets, params = call.args[2], call.args[1]
-    num_classes = params.kernel.shape[call.head.class_axis]
     head = dataclasses.replace(call.head, with_stats=True)
-    losses, log_normalizer, prediction, surprisal = _head.make_losses(head)(*call.args)
-    prediction = prediction.astype(jnp.int32)
-    stats = LinearStats(
-        log_normalizer,
-        prediction,
-        _targets.is_heaviest(targets, prediction, num_classes),
-        jnp.where(jnp.isnan(losses), losses, -surprisal),
-    )
-    stats = LinearStats(*(_targets.masked(x, call.mask).reshape(call.batch) for x in stats))
-    return losses.reshape(call.batch), stats
+
+    def losses_and_stats(inputs, params, targets, mask):
+        num_classes = params.kernel.shape[head.class_axis]
+        losses, log_normalizer, prediction, surprisal = _head.make_losses(head)(
+            inputs, params, targets, mask
+        )
+        prediction = prediction.astype(jnp.int32)
+        stats = LinearStats(
+            log_normalizer,
+            prediction,
+            _masses.is_heaviest(targets, prediction, num_classes),
+            jnp.where(jnp.isnan(losses), losses, -surprisal),
+        )
+        return losses, _masses.masked(stats, mask)
+
+    of_tokens = _mesh.on_automatic_axes(losses_and_stats, call.args[0], (1,))(*call.args)
+    return jax.tree.map(lambda x: x.reshape(call.batch), of_tokens)
 
 
-def soft_cap(cap: ArrayLike) -> LogitTransform:
-    """Returns the logit transform that keeps logits within (−cap, cap).
-
-    z -> cap · tanh(z / cap)
-
-    Args:
-      cap: A positive scalar; it may be traced and differentiated.
-
-    Returns:
-      An elementwise function of logits.
-
-    Raises:
-      ValueError: cap is not positive.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> import xentjax
-      >>> print(xentjax.soft_cap(30.0)(jnp.array([0.0, 30.0, 1000.0])))
-      [ 0.       22.84783 30.      ]
-
-    Source:
-      Gemma Team, Gemma 2, 2024, section 2.
-    """
-    _checks.check_interval("cap", cap, np.finfo(np.float64).tiny, np.inf)
-    scale = jnp.asarray(cap)
-    return lambda logits: scale * jnp.tanh(logits / scale)
-
-
-def temperature(tau: ArrayLike) -> LogitTransform:
-    """Returns the logit transform that divides by a temperature.
-
-    z -> z / tau
-
-    Args:
-      tau: A positive scalar; it may be traced and differentiated.
-
-    Returns:
-      An elementwise function of logits.
-
-    Raises:
-      ValueError: tau is not positive.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> import xentjax
-      >>> print(xentjax.temperature(2.0)(jnp.array([1.0, 4.0])))
-      [0.5 2. ]
-
-    Source:
-      Hinton et al., Distilling the Knowledge in a Neural Network, 2015, section 2.
-    """
-    _checks.check_interval("tau", tau, np.finfo(np.float64).tiny, np.inf)
-    scale = jnp.asarray(tau)
-    return lambda logits: logits / scale
-
-
-class _Call(NamedTuple):
+class Call(NamedTuple):
     """A head, and what it is called with: one axis of tokens."""
 
     head: Head
     args: tuple  # inputs [N, D], Params, targets of N, mask [N] or None.
     mask: jax.Array | None
+    weights: jax.Array  # [N]
     batch: tuple[int, ...]
-    dtype: jnp.dtype
 
 
-def _prepare(inputs, kernel, targets, bias, class_axis, where, transform, memory_budget):
-    """Checks the arguments, all at trace time, and returns the _Call that they make."""
+def prepare(
+    inputs, kernel, targets, bias, class_axis, where, weights, transform, memory_budget, axes=()
+) -> Call:
+    """Checks the arguments, all at trace time, and returns the Call that they make.
+
+    `axes` are those of the mesh that kernel, bias and dense targets have their classes split over.
+    """
     inputs, kernel = _checks.as_array("inputs", inputs), _checks.as_array("kernel", kernel)
     _checks.check_floating("inputs", inputs)
     _checks.check_floating("kernel", kernel)
@@ -271,8 +208,10 @@ def _prepare(inputs, kernel, targets, bias, class_axis, where, transform, memory
         bias = _checks.as_array("bias", bias)
         _checks.check_floating("bias", bias)
         _checks.check_shape("bias", bias, (num_classes,), "the classes of kernel")
+    shards = jax.lax.axis_size(axes) if axes else 1
     targets = _targets.as_targets(targets)
-    _targets.check_targets(targets, batch, num_classes)
+    is_sparse = isinstance(targets, SparseTargets)
+    _targets.check_targets(targets, batch, num_classes * (shards if is_sparse else 1))
     mask = None
     if where is not None:
         where = _checks.as_array("where", where, "a bool array")
@@ -280,52 +219,66 @@ def _prepare(inputs, kernel, targets, bias, class_axis, where, transform, memory
         _checks.check_shape("where", where, batch, "the batch of inputs")
         mask = where.reshape(-1)
     if isinstance(targets, SparseTargets):
-        _checks.check_labels(targets.indices, num_classes, where)
-        targets = _targets.invalid_as_nan(targets, num_classes)
+        _checks.check_labels(targets.indices, shards * num_classes, where)
+        targets = _targets.invalid_as_nan(targets, shards * num_classes)
+    if axes:
+        targets = _mesh.targets_of_shard(targets, axes, num_classes)
     num_tokens = math.prod(batch)
-    targets = _targets.flattened(targets)
-    inputs = _targets.masked(inputs.reshape(num_tokens, features), mask)
+    targets = _masses.flattened(targets)
+    inputs = _masses.masked(inputs.reshape(num_tokens, features), mask)
     dtype = wide_dtype(inputs.dtype, kernel.dtype)
-    transform, constants = _converted(transform, dtype)
-    plan = _plan(num_tokens, features, num_classes, dtype.itemsize, memory_budget)
-    head = Head(class_axis, transform, *plan)
-    return _Call(head, (inputs, Params(kernel, bias, constants), targets, mask), mask, batch, dtype)
+    w = jnp.ones(batch) if weights is None else _checks.as_array("weights", weights)
+    _checks.check_floating("weights", w)
+    _checks.check_shape("weights", w, batch, "the batch of inputs")
+    w = _masses.masked(w.reshape(-1).astype(dtype), mask)
+
+    # In a shard_map, what meets in a loop must vary over the same devices. Mask and weights stay
+    # the same for all shards of the classes, and so do the losses.
+    of_logits, of_tokens = (inputs, kernel, bias, targets), (mask, w)
+    over = _mesh.varying_axes((of_logits, of_tokens))
+    transform, constants, over = converted(transform, dtype, over)
+    inputs, kernel, bias, targets = _mesh.varying(of_logits, over)
+    mask, w = _mesh.varying(of_tokens, over.difference(axes))
+    plan = _plan(num_tokens, features, num_classes, dtype.itemsize, memory_budget, shards)
+    head = Head(class_axis, transform, *plan, axes)
+    return Call(head, (inputs, Params(kernel, bias, constants), targets, mask), mask, w, batch)
 
 
-def _identity(logits):
-    return logits
-
-
-def _converted(transform, dtype):
-    """Returns (transform(logits, *constants), constants): what it closes over as arguments."""
-    if transform is None:
-        return _identity, []
+def reduced(call: Call, reduction: str) -> Float[Array, "*batch"]:
+    """Returns the losses of a Call, weighted and reduced."""
     _checks.check(
-        callable(transform), f"logit_transform: expected a function, got {transform!r}", TypeError
+        reduction in ("mean", "sum", "none"),
+        f'reduction: expected "mean", "sum" or "none", got {reduction!r}',
     )
-    example = jax.ShapeDtypeStruct((1, 1), dtype)
-    out = jax.eval_shape(transform, example)
-    _checks.check(
-        out.shape == example.shape and out.dtype == dtype,
-        f"logit_transform: expected an elementwise function, {_checks.describe(example)} to the "
-        f"same, got {_checks.describe(out)}",
-    )
-    return jax.closure_convert(transform, example)
+
+    def losses(args, weights):
+        return _masses.times_mass(weights, _head.make_losses(call.head)(*args)[0])
+
+    def total(args, weights):
+        if reduction == "mean":
+            one = jnp.ones((), weights.dtype)
+            weights = weights * WeightedSum(one, weights.sum()).mean()
+        return _head.make_total(call.head)(*args, weights)
+
+    function, axes = (losses, (1,)) if reduction == "none" else (total, (0, 1))
+    out = _mesh.on_automatic_axes(function, call.args[0], axes)(call.args, call.weights)
+    return out.reshape(call.batch) if reduction == "none" else out
 
 
-def _plan(num_tokens, features, num_classes, itemsize, memory_budget):
+def _plan(num_tokens, features, num_classes, itemsize, memory_budget, shards=1):
     """Returns (tokens in a chunk, classes in a block, whether logits can be kept)."""
     _checks.check(
         memory_budget is None or (isinstance(memory_budget, int) and memory_budget >= 0),
         f"memory_budget: expected a number of bytes or None, got {memory_budget!r}",
     )
+    default = _DEFAULT_BUDGET // shards
     accumulator = itemsize * features * num_classes
-    budget = _DEFAULT_BUDGET if memory_budget is None else max(memory_budget - accumulator, 0)
+    budget = default if memory_budget is None else max(memory_budget - accumulator, 0)
     row = itemsize * num_classes
     tokens = budget // 2 // row  # Half is for the logits that are kept.
     keeps_logits = tokens >= min(num_tokens, _FEWEST)
     if not keeps_logits:
-        budget = _DEFAULT_BUDGET if memory_budget is None else memory_budget
+        budget = default if memory_budget is None else memory_budget
         tokens = _ENOUGH
     tokens = _even(num_tokens, tokens)
     # A block has a few arrays of [tokens, classes], and of [features, classes].
@@ -341,4 +294,4 @@ _DEFAULT_BUDGET, _FEWEST, _ENOUGH = 2**29, 128, 1024
 def _even(size: int, chunk: int) -> int:
     """Returns a chunk of about `chunk`, not below 128, that cuts `size` into even pieces."""
     count = max(1, math.ceil(size / max(chunk, _FEWEST)))
-    return min(size, math.ceil(size / count / _FEWEST) * _FEWEST)
+    return max(1, min(size, math.ceil(size / count / _FEWEST) * _FEWEST))

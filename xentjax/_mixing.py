@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Key, PyTree
 
-from xentjax import _checks, _targets
+from xentjax import _checks, _retargeting, _targets
 from xentjax._targets import SparseTargets, Targets
 
 
@@ -56,7 +56,7 @@ def mixup(
         share = _targets.expand_like(lam, x)
         return (share * x + (1 - share) * x[order]).astype(x.dtype)
 
-    mixed = _targets.mix_targets(targets, _permuted(targets, order), _of_batch(lam, targets))
+    mixed = _retargeting.mix_targets(targets, _permuted(targets, order), _of_batch(lam, targets))
     return jax.tree.map(mix, inputs), mixed
 
 
@@ -122,7 +122,7 @@ def cutmix(
     inside &= (columns >= low[..., 1, :, :]) & (columns < high[..., 1, :, :])
     lam = 1 - inside.mean((-2, -1))
     box = inside.reshape(*inside.shape[:-2] or (1,), *images.shape[1:3], *(1,) * (images.ndim - 3))
-    mixed = _targets.mix_targets(targets, _permuted(targets, order), _of_batch(lam, targets))
+    mixed = _retargeting.mix_targets(targets, _permuted(targets, order), _of_batch(lam, targets))
     return jnp.where(box, images[order], images), mixed
 
 

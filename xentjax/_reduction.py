@@ -48,7 +48,7 @@ class WeightedSum:
 
     def psum(self, axis_name: Hashable | Sequence[Hashable]) -> "WeightedSum":
         """Returns the sum over the devices (or vmap lanes) of `axis_name`."""
-        return WeightedSum(*jax.lax.psum((self.total, self.weight), axis_name))
+        return jax.tree.map(lambda x: jax.lax.psum(x, axis_name), self)
 
     def mean(self) -> Float[Array, ""]:
         """Returns total / weight; 0, with zero gradient, where the weight is 0."""

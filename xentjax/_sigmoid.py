@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float
 
-from xentjax import _checks, _targets
+from xentjax import _checks, _masses
 from xentjax._custom_vjp import custom_vjp
 
 
@@ -147,8 +147,8 @@ def _sigmoid_jvp(primals, tangents):
 def _fwd(live, logits, targets):
     del live
     z = logits.astype(targets.dtype)
-    yes = _targets.times_mass(targets, _softplus(-z))
-    no = _targets.times_mass(1 - targets, _softplus(z))
+    yes = _masses.times_mass(targets, _softplus(-z))
+    no = _masses.times_mass(1 - targets, _softplus(z))
     return yes + no, (logits, targets)
 
 

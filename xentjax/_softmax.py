@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
-from xentjax import _blocks, _checks, _targets
+from xentjax import _blocks, _checks, _masses, _mesh, _targets
 from xentjax._custom_vjp import custom_vjp
 from xentjax._targets import SparseTargets, Targets
 
@@ -135,7 +135,8 @@ def _checked_call(function, logits, targets, axis, where):
     if isinstance(targets, SparseTargets):
         examples = where if where is not None and where.shape == batch else None
         _checks.check_labels(targets.indices, num_classes, examples)
-    return function(logits, targets, where, axes)
+    function = functools.partial(function, axes=axes)
+    return _mesh.on_automatic_axes(function, logits, axes)(logits, targets, where)
 
 
 def checked_logits(
@@ -178,18 +179,18 @@ def _canonical(logits, targets, where, axes):
     return logits, targets, where
 
 
-@functools.partial(jax.jit, static_argnums=3)
+@functools.partial(jax.jit, static_argnames="axes")
 def _losses(logits, targets, where, axes):
     losses, _ = _cross_entropy(*_canonical(logits, targets, where, axes))
     return losses
 
 
-@functools.partial(jax.jit, static_argnums=3)
+@functools.partial(jax.jit, static_argnames="axes")
 def _losses_and_stats(logits, targets, where, axes):
     logits, targets, mask = _canonical(logits, targets, where, axes)
     losses, log_normalizer = _cross_entropy(logits, targets, mask)
     prediction = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    correct = _targets.is_heaviest(targets, prediction, logits.shape[-1])
+    correct = _masses.is_heaviest(targets, prediction, logits.shape[-1])
     prediction_entropy = entropy(logits)
     if mask is not None:
         correct = correct & mask
@@ -198,21 +199,21 @@ def _losses_and_stats(logits, targets, where, axes):
 
 
 def _cross_entropy_fwd(live, logits, targets, mask):
-    kept = _targets.kept(targets, mask, _blocks.wide_dtype(logits.dtype))
+    kept = _masses.kept(targets, mask, _blocks.wide_dtype(logits.dtype))
     block = _blocks.block_of(logits, kept, shares=live[0])
-    out = _targets.masked((block.loss, block.log_normalizer), mask)
+    out = _masses.masked((block.loss, block.log_normalizer), mask)
     return out, (logits, targets, mask, block)
 
 
 def _cross_entropy_bwd(live, residuals, cotangent):
     live_logits, live_targets, _ = live
     logits, targets, mask, block = residuals
-    prepare = functools.partial(_targets.kept, mask=mask, dtype=block.m.dtype)
-    cotangent = _targets.masked(cotangent, mask)
+    prepare = functools.partial(_masses.kept, mask=mask, dtype=block.m.dtype)
+    cotangent = _masses.masked(cotangent, mask)
     logits_cotangent = targets_cotangent = None
     if live_logits:
         logits_cotangent = _blocks.logits_cotangent(block, logits, prepare(targets), *cotangent)
-        logits_cotangent = _targets.masked(logits_cotangent, mask)
+        logits_cotangent = _masses.masked(logits_cotangent, mask)
     if any(jax.tree.leaves(live_targets)):
         targets_cotangent = _blocks.targets_cotangent(block, logits, targets, prepare, cotangent[0])
     return logits_cotangent, targets_cotangent, None
@@ -241,7 +242,7 @@ def _entropy_fwd(live, logits):
     del live
     block = _block_without_targets(logits)
     p = block.softmax(logits)
-    entropy = _targets.times_mass(p, block.surprisal(logits)).sum(-1)
+    entropy = _masses.times_mass(p, block.surprisal(logits)).sum(-1)
     return entropy, (logits, block, entropy)
 
 
@@ -249,7 +250,7 @@ def _entropy_bwd(live, residuals, cotangent):
     del live
     logits, block, entropy = residuals
     excess = block.surprisal(logits) - entropy[..., None]
-    gradient = _targets.times_mass(block.softmax(logits), excess)
+    gradient = _masses.times_mass(block.softmax(logits), excess)
     return ((cotangent[..., None] * gradient).astype(logits.dtype),)
 
 

@@ -1,0 +1,234 @@
+"""The arithmetic of target mass: what losses need to know of targets of any form.
+
+Only the classes that hold mass are looked at, and no function makes an array [..., V] of its own.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from xentjax import _targets
+from xentjax._targets import SparseTargets
+
+
+def backgrounds(
+    targets: SparseTargets, num_classes: int
+) -> Iterator[tuple[jax.Array, jax.Array | float]]:
+    """Yields (mass [...], distribution [V] or the scalar 1/V) for each background."""
+    mass, background = targets.background_mass, targets.background
+    if mass is None:
+        return
+    if background is None:
+        yield mass, 1.0 / num_classes
+    elif background.ndim == 1:
+        yield mass, background
+    else:
+        for b in range(background.shape[0]):
+            yield mass[..., b], background[b]
+
+
+def has_background(targets: jax.Array | SparseTargets) -> bool:
+    """Returns whether targets are sparse with mass on a background."""
+    return isinstance(targets, SparseTargets) and targets.background_mass is not None
+
+
+def times_mass(mass: jax.Array | float, cost: jax.Array) -> jax.Array:
+    """Returns mass · cost with 0 · inf = 0."""
+    return mass * jnp.where((mass == 0) & jnp.isposinf(cost), 0, cost)
+
+
+def expectations(
+    targets: jax.Array | SparseTargets,
+    logits: jax.Array,
+    *costs: Callable[[jax.Array], jax.Array],
+    means: Sequence[float | None] | None = None,
+) -> list[jax.Array]:
+    """Returns Σ_v t_v · cost(z)_v, [...], for each elementwise cost of logits z, [..., V].
+
+    This one sum is every cross-entropy: only the classes that hold mass are looked at. `means` are
+    those of the costs over all classes, where they are known without looking.
+    """
+    if not isinstance(targets, SparseTargets):
+        return [times_mass(targets, cost(logits)).sum(-1) for cost in costs]
+    picked = at_classes(logits, targets.indices)
+    totals = [times_mass(targets.weights, cost(picked)).sum(-1) for cost in costs]
+    for mass, distribution in backgrounds(targets, logits.shape[-1]):
+        for i, cost in enumerate(costs):
+            known = means[i] if means and targets.background is None else None
+            if known is None:
+                totals[i] += times_mass(mass, times_mass(distribution, cost(logits)).sum(-1))
+            else:
+                totals[i] += mass * known
+    return totals
+
+
+def total_mass(targets: jax.Array | SparseTargets, num_classes: int) -> jax.Array:
+    """Returns T = Σ_v t_v, [...]."""
+    if not isinstance(targets, SparseTargets):
+        return targets.sum(-1)
+    total = targets.weights.sum(-1)
+    for mass, distribution in backgrounds(targets, num_classes):
+        total += mass if targets.background is None else mass * jnp.sum(distribution)
+    return total
+
+
+def at_classes(x: jax.Array, indices: jax.Array) -> jax.Array:
+    """Returns x[..., indices_k], [..., K], of x [..., V]; the indices must be valid."""
+    return jnp.take_along_axis(x, indices, axis=-1, mode="promise_in_bounds")
+
+
+def masked(tree: Any, mask: jax.Array | None) -> Any:
+    """Returns `tree` with 0 in the examples masked out; its arrays are [...] or [..., K]."""
+    if mask is None:
+        return tree
+    return jax.tree.map(
+        lambda x: jnp.where(_targets.expand_like(mask, x), x, jnp.zeros_like(x)), tree
+    )
+
+
+def kept(
+    targets: jax.Array | SparseTargets, mask: jax.Array | None, dtype: jax.typing.DTypeLike
+) -> jax.Array | SparseTargets:
+    """Returns targets in the dtype of the arithmetic, without mass where masked out."""
+    targets = _targets.map_masses(lambda mass: masked(mass.astype(dtype), mask), targets)
+    if isinstance(targets, SparseTargets) and targets.background is not None:
+        return dataclasses.replace(targets, background=targets.background.astype(dtype))
+    return targets
+
+
+def background_over(targets: SparseTargets, num_classes: int) -> jax.Array:
+    """Returns the background's mass on every class, [..., V], or [..., 1] where it is uniform."""
+    total = jnp.zeros((*targets.indices.shape[:-1], 1), targets.weights.dtype)
+    for mass, distribution in backgrounds(targets, num_classes):
+        total = total + mass[..., None] * distribution
+    return total
+
+
+def mass_at(targets: SparseTargets, classes: jax.Array, num_classes: int) -> jax.Array:
+    """Returns the mass that sparse targets have on classes int[..., J], as float[..., J]."""
+    same = classes[..., :, None] == targets.indices[..., None, :]
+    total = jnp.where(same, targets.weights[..., None, :], 0).sum(-1)
+    for mass, distribution in backgrounds(targets, num_classes):
+        total += mass[..., None] * jnp.broadcast_to(distribution, num_classes)[classes]
+    return total
+
+
+def is_heaviest(targets, prediction, num_classes):
+    """Returns whether no class holds more target mass than `prediction` does."""
+    if not isinstance(targets, SparseTargets):
+        held = at_classes(targets, prediction[..., None])[..., 0]
+        return held == targets.max(-1)
+
+    heaviest = mass_at(targets, targets.indices, num_classes).max(-1, initial=0)
+    background = background_over(targets, num_classes)  # It may be the heaviest alone.
+    heaviest = jnp.maximum(heaviest, jnp.max(background, axis=-1))
+    return mass_at(targets, prediction[..., None], num_classes)[..., 0] >= heaviest
+
+
+def put_at(x: jax.Array, indices: jax.Array, values: jax.Array) -> jax.Array:
+    """Returns x [..., V] with x[..., indices_k] = values_k; equal indices have equal values."""
+    num_classes, k = x.shape[-1], indices.shape[-1]
+    if k <= _FEW:
+        classes = jax.lax.broadcasted_iota(indices.dtype, x.shape, x.ndim - 1)
+        for j in range(k):
+            x = jnp.where(classes == indices[..., j, None], values[..., j, None], x)
+        return x
+    # The scatter's transpose needs distinct indices: repeats go out of range and are dropped.
+    indices = jnp.where(is_repeated(indices), num_classes + jnp.arange(k), indices)
+    return x.at[rows_and(indices)].set(values, mode="drop", unique_indices=True)
+
+
+def is_repeated(indices: jax.Array) -> jax.Array:
+    """Returns where an index [..., K] is one of those before it too."""
+    if indices.shape[-1] < 2:
+        return jnp.zeros(indices.shape, bool)
+    order = jnp.arange(indices.shape[-1])
+    same = indices[..., :, None] == indices[..., None, :]
+    return (same & (order[:, None] > order)).any(-1)
+
+
+# Up to here a comparison in the loop that writes x costs less than a scatter after it.
+_FEW = 4
+
+
+def rows_and(indices: jax.Array) -> tuple[jax.Array, ...]:
+    """Returns what indexes the classes `indices` [..., K] of an array [..., V]."""
+    rows = jnp.meshgrid(*map(jnp.arange, indices.shape), indexing="ij", sparse=True)[:-1]
+    return (*rows, indices)
+
+
+def flattened(targets: jax.Array | SparseTargets) -> jax.Array | SparseTargets:
+    """Returns targets with one axis of examples."""
+    axes = len(_targets.batch_of(targets))
+    size = math.prod(_targets.batch_of(targets))
+
+    def flat(x):
+        return x.reshape(size, *x.shape[axes:])
+
+    if not isinstance(targets, SparseTargets):
+        return flat(targets)
+    mass = targets.background_mass
+    mass = None if mass is None else flat(mass)
+    return SparseTargets(flat(targets.indices), flat(targets.weights), mass, targets.background)
+
+
+def rows_of(tree: Any, first: jax.typing.ArrayLike, size: int) -> Any:
+    """Returns rows [first, first + size) of the arrays and flat targets of `tree`."""
+
+    def cut(x):
+        if isinstance(x, SparseTargets):
+            rows = rows_of((x.indices, x.weights, x.background_mass), first, size)
+            return SparseTargets(rows[0], rows[1], rows[2], x.background)
+        if x.shape[0] == size:
+            return x
+        return jax.lax.dynamic_slice_in_dim(x, first, size, 0)
+
+    return jax.tree.map(cut, tree, is_leaf=lambda x: isinstance(x, SparseTargets))
+
+
+def heaviest_class(targets: jax.Array | SparseTargets, num_classes: int) -> jax.Array:
+    """Returns the class of the largest mass, int32[...]: for labels, the label itself.
+
+    Of sparse targets it is one of the K, or 0 where there is none.
+    """
+    if not isinstance(targets, SparseTargets):
+        return jnp.argmax(targets, axis=-1).astype(jnp.int32)
+    if targets.indices.shape[-1] == 0:
+        return jnp.zeros(_targets.batch_of(targets), jnp.int32)
+    best = jnp.argmax(mass_at(targets, targets.indices, num_classes), axis=-1)
+    return at_classes(targets.indices, best[..., None])[..., 0]
+
+
+def targets_of_block(
+    targets: jax.Array | SparseTargets,
+    start: jax.typing.ArrayLike,
+    size: int,
+    num_classes: int,
+) -> jax.Array | SparseTargets:
+    """Returns the mass on the classes [start, start + size) as targets of those classes alone.
+
+    Blocks that cut [0, num_classes) up hold all the mass between them, each part once. Sparse
+    indices must be valid, as `invalid_as_nan` leaves them.
+
+    Args:
+      targets: Dense [..., V], or SparseTargets.
+      start: The block's first class, an int32 scalar that may be traced.
+      size: How many classes; start + size ≤ V.
+      num_classes: V.
+    """
+    if not isinstance(targets, SparseTargets):
+        return jax.lax.dynamic_slice_in_dim(targets, start, size, axis=-1)
+    indices = targets.indices - start
+    inside = _targets.is_valid(indices, size)
+    mass, background = targets.background_mass, targets.background
+    if mass is not None and background is None:
+        mass = mass * (size / num_classes)
+    elif background is not None:
+        background = jax.lax.dynamic_slice_in_dim(background, start, size, axis=-1)
+    return SparseTargets(
+        jnp.clip(indices, 0, size - 1), jnp.where(inside, targets.weights, 0), mass, background
+    )
