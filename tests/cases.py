@@ -110,3 +110,21 @@ MODES = {
     "grad(scan)": lambda f, a, t: jax.grad(_scanned(f), _each(f, a))(*a),
     "jacfwd(hessian)": lambda f, a, t: jax.jacfwd(jax.hessian(f))(*a),
 }
+
+
+def assert_modes_agree(modes, actual, desired, args):
+    """Compares two scalar functions of float64 arguments, and their derivatives in some modes."""
+    rng = np.random.default_rng(1)
+    tangents = tuple(jnp.asarray(rng.normal(size=a.shape)) for a in args)
+
+    @functools.partial(jit, static_argnums=0)
+    def each_mode(function, args, tangents):
+        return {name: MODES[name](function, args, tangents) for name in modes}
+
+    a, d = (each_mode(f, args, tangents) for f in (actual, desired))
+    for name in modes:
+        jax.tree.map(
+            functools.partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-9, err_msg=name),
+            a[name],
+            d[name],
+        )

@@ -1,12 +1,17 @@
 """Every differentiation mode of every loss with a rule of its own, against plain autodiff."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import MODES, floating_leaves, jit, plain_softmax_cross_entropy, target_forms
+from cases import (
+    MODES,
+    assert_modes_agree,
+    floating_leaves,
+    jit,
+    plain_softmax_cross_entropy,
+    target_forms,
+)
 
 import xentjax
 from xentjax._custom_vjp import custom_vjp
@@ -73,25 +78,11 @@ def test_every_mode_to_every_float_argument(loss, form):
     ours, plain, _ = LOSSES[loss]
     floats, rebuild = floating_leaves(target_forms(BATCH, CLASSES)[form])
     args = (_logits(), *floats)
-    rng = np.random.default_rng(1)
-    tangents = tuple(jnp.asarray(rng.normal(size=a.shape)) for a in args)
 
     def scalar(function):
         return lambda z, *floats: jnp.sum(function(z, rebuild(floats)) ** 2)
 
-    @functools.partial(jit, static_argnums=0)
-    def every_mode(function, args, tangents):
-        return {name: mode(scalar(function), args, tangents) for name, mode in MODES.items()}
-
-    actual, desired = (every_mode(f, args, tangents) for f in (ours, plain))
-    for name in MODES:
-        jax.tree.map(
-            lambda a, d, name=name: np.testing.assert_allclose(
-                a, d, rtol=1e-9, atol=1e-9, err_msg=name
-            ),
-            actual[name],
-            desired[name],
-        )
+    assert_modes_agree(MODES, scalar(ours), scalar(plain), args)
 
 
 @pytest.mark.parametrize("form", ["labels", "dense"])

@@ -6,7 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import MODES, floating_leaves, jit, plain_softmax_cross_entropy, target_forms
+from cases import (
+    MODES,
+    assert_modes_agree,
+    floating_leaves,
+    jit,
+    plain_softmax_cross_entropy,
+    target_forms,
+)
 
 import xentjax
 from xentjax import _linear
@@ -256,7 +263,6 @@ def test_every_mode(budget):
     rng = np.random.default_rng(0)
     tokens, features, classes = 2, 2, 5
     args = tuple(jnp.asarray(rng.normal(size=s)) for s in ((tokens, features), (features, classes)))
-    tangents = tuple(jnp.asarray(rng.normal(size=a.shape)) for a in args)
     targets = target_forms(tokens, classes)["smoothed"]
     budget = min(budget, 8 * (features + 2 * tokens) * classes)
     assert _linear._plan(tokens, features, classes, 8, budget) == (2, 2, budget > 0)
@@ -267,19 +273,7 @@ def test_every_mode(budget):
     def of_logits(inputs, kernel):
         return plain_softmax_cross_entropy(inputs @ kernel, targets).mean() ** 2
 
-    @functools.partial(jit, static_argnums=0)
-    def every_mode(function, args, tangents):
-        return {name: mode(function, args, tangents) for name, mode in MODES.items()}
-
-    actual, desired = (every_mode(f, args, tangents) for f in (ours, of_logits))
-    for name in MODES:
-        jax.tree.map(
-            lambda a, d, name=name: np.testing.assert_allclose(
-                a, d, rtol=1e-9, atol=1e-9, err_msg=name
-            ),
-            actual[name],
-            desired[name],
-        )
+    assert_modes_agree(MODES, ours, of_logits, args)
 
 
 @pytest.mark.parametrize("form", ["smoothed", "dense"])

@@ -1,12 +1,13 @@
 """What the head costs, as compiled: memory, matmuls, layouts; and what low precision loses."""
 
+import functools
 import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import target_forms
+from cases import jit, target_forms
 
 import xentjax
 from xentjax import _linear
@@ -157,12 +158,13 @@ def errors(gradients, exact):
 def test_low_precision_is_no_worse_than_full_logits(dtype, memory_budget):
     args, full, fused = low_precision(dtype, 300, 64, 515, 0.25)
     exact_args = [a.astype(jnp.float32) for a in args]
-    exact_loss, exact = jax.value_and_grad(full, (0, 1))(*exact_args)
-    loss, gradients = jax.value_and_grad(fused, (0, 1))(*args, memory_budget)
+    exact_loss, exact = jit(jax.value_and_grad(full, (0, 1)))(*exact_args)
+    ours = functools.partial(fused, memory_budget=memory_budget)
+    loss, gradients = jit(jax.value_and_grad(ours, (0, 1)))(*args)
     assert [loss.dtype, *(g.dtype for g in gradients)] == [jnp.float32, dtype, dtype]
     # The operands are what they are in float32, and so is every sum.
     np.testing.assert_allclose(loss, exact_loss, rtol=1e-6)
-    of_full = errors(jax.grad(full, (0, 1))(*args), exact)
+    of_full = errors(jax.grad(full, (0, 1))(*args), exact)  # Op by op: its logits are rounded.
     assert all(a <= b for a, b in zip(errors(gradients, exact), of_full, strict=True))
 
 
@@ -170,8 +172,9 @@ def test_low_precision_is_no_worse_than_full_logits(dtype, memory_budget):
 def test_float16_gradients_of_a_mean_of_many_tokens_do_not_underflow(memory_budget):
     # Each token's share, 1 / 16384 of a probability of 1 / 2048, is below float16's least number.
     args, full, fused = low_precision(jnp.float16, 16384, 16, 2048, 0.01)
-    exact = jax.grad(full, (0, 1))(*(a.astype(jnp.float32) for a in args))
-    gradients = jax.grad(fused, (0, 1))(*args, memory_budget)
+    exact = jit(jax.grad(full, (0, 1)))(*(a.astype(jnp.float32) for a in args))
+    ours = functools.partial(fused, memory_budget=memory_budget)
+    gradients = jit(jax.grad(ours, (0, 1)))(*args)
     # What float16 cannot hold of the result, and its rounding, 2⁻¹¹, of each operand.
     rounded = errors([g.astype(jnp.float16) for g in exact], exact)
     assert all(a <= b + 2**-10 for a, b in zip(errors(gradients, exact), rounded, strict=True))
@@ -201,9 +204,8 @@ def test_operands_of_two_dtypes(inputs_dtype, kernel_dtype, memory_budget):
             total = loss_of(inputs, kernel, labels, reduction="sum", memory_budget=memory_budget)
             return total, (losses, stats.log_normalizer, stats.label_log_probability)
 
-        (total, each), gradients = jax.value_and_grad(function, (0, 1), has_aux=True)(
-            inputs, kernel
-        )
+        gradients_of = jit(jax.value_and_grad(function, (0, 1), has_aux=True))
+        (total, each), gradients = gradients_of(inputs, kernel)
         wide = jnp.result_type(inputs_dtype, kernel_dtype, jnp.float32)
         assert {x.dtype for x in (total, *each)} == {wide}
         assert [g.dtype for g in gradients] == [inputs_dtype, kernel_dtype]

@@ -95,7 +95,7 @@ def test_lm_table(lm, name):
     frequency = (lm.corpus.counts + 1) / (lm.corpus.counts + 1).sum()
     unigram = np.exp(-np.log(frequency[windows[:, -1]]).mean())
     assert before == pytest.approx(unigram, rel=0.05)  # All but the frequencies is small at first.
-    assert after < 0.9 * before
+    assert after < before  # By how much depends on the text of this Python.
     assert milliseconds == pytest.approx(1000 * np.median(course.seconds), abs=0.501)
     assert temporaries == pytest.approx(course.temporaries / 2**20, abs=0.0501)
     assert len(course.seconds) == STEPS

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import floating_leaves, plain_softmax_cross_entropy, target_forms
+from cases import floating_leaves, jit, plain_softmax_cross_entropy, target_forms
 from jax import export
 from jax.sharding import PartitionSpec as P
 from meshes import (
@@ -26,9 +26,6 @@ BUDGETS = {"kept": 280, "recomputed": 0}
 
 # The float64 oracle differs by rounding alone: sums of at most 160 terms, of size 1 to 100.
 CLOSE = {"rtol": 1e-10, "atol": 1e-12}
-
-# Compilation is most of the time here: what LLVM would gain at run time is not worth it.
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 @pytest.fixture

@@ -7,7 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import MODES, floating_leaves, plain_softmax_cross_entropy, target_forms
+from cases import (
+    assert_modes_agree,
+    floating_leaves,
+    jit,
+    plain_softmax_cross_entropy,
+    target_forms,
+)
 from jax.sharding import PartitionSpec as P
 from meshes import make_mesh, target_specs
 
@@ -20,9 +26,6 @@ TOKENS, FEATURES, CLASSES = 4, 2, 8
 
 # The float64 oracle differs by rounding alone.
 CLOSE = {"rtol": 1e-9, "atol": 1e-9}
-
-# Compilation is most of the time here: what LLVM would gain at run time is not worth it.
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 WHERE = jnp.array([True, True, True, False])
 
@@ -133,22 +136,6 @@ def _total(x):
     return jax.lax.psum(jnp.sum(x), axes) if axes else jnp.sum(x)
 
 
-def _assert_same_modes(modes, sharded, plain, args):
-    tangents = tuple(jnp.asarray(np.random.default_rng(1).normal(size=a.shape)) for a in args)
-
-    @functools.partial(jit, static_argnums=0)
-    def every_mode(function, args, tangents):
-        return {name: MODES[name](function, args, tangents) for name in modes}
-
-    actual, desired = (every_mode(f, args, tangents) for f in (sharded, plain))
-    for name in modes:
-        jax.tree.map(
-            lambda a, d, name=name: np.testing.assert_allclose(a, d, **CLOSE, err_msg=name),
-            actual[name],
-            desired[name],
-        )
-
-
 # The others are made of these; what takes longest to compile, once each.
 MODES_OF = {
     "logits": ("value", "grad", "jvp", "linearize", "jacfwd", "hessian", "jacrev(jacrev)"),
@@ -161,7 +148,7 @@ MODES_OF = {
 def test_every_mode_from_outside(name):
     case = CASES[name]()
     sharded, plain, _ = _functions(case, target_forms(TOKENS, CLASSES)["smoothed"])
-    _assert_same_modes(MODES_OF[name], sharded, plain, case.args)
+    assert_modes_agree(MODES_OF[name], sharded, plain, case.args)
 
 
 @pytest.mark.parametrize(
@@ -176,7 +163,7 @@ def test_every_mode_from_outside(name):
 def test_derivatives_of_targets(name, form, modes):
     case = CASES[name]()
     sharded, plain, floats = _functions(case, target_forms(TOKENS, CLASSES)[form])
-    _assert_same_modes(modes, sharded, plain, (*case.args, *floats))
+    assert_modes_agree(modes, sharded, plain, (*case.args, *floats))
 
 
 @pytest.mark.parametrize("name", CASES)

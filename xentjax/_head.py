@@ -217,9 +217,14 @@ def _total_bwd(head, live, residuals, cotangent):
         of_args = jax.tree.map(lambda ct: (cotangent * scale) * ct, unscaled)
         of_args = _cast_like(of_args, (unscaled[0], params))
         return (*of_args, None, None, cotangent * losses)
-    scale = _scale_of(coefficients)
-    each = (coefficients / scale, jnp.zeros_like(coefficients))
-    of_args = _losses_bwd(head, live[:4], residuals, each, times=cotangent * scale)
+    inputs, params, *_ = residuals
+    dtype = jnp.promote_types(inputs.dtype, params.kernel.dtype)
+    each, times = cotangent * coefficients, 1
+    # What the transform closes over has its gradient summed over devices in the loop: as it is.
+    if dtype == jnp.float16 and not any(live[1].constants):
+        scale = _scale_of(coefficients)
+        each, times = coefficients / scale, cotangent * scale
+    of_args = _losses_bwd(head, live[:4], residuals, (each, jnp.zeros_like(each)), times)
     return (*of_args, cotangent * losses)
 
 
