@@ -75,8 +75,8 @@ def test_temporaries_grow_with_tokens_by_a_few_numbers_each(argnums):
     ("tokens", "classes"), [(8 * TOKENS, CLASSES), (TOKENS, 2 * CLASSES), (TOKENS - 1, CLASSES - 1)]
 )
 def test_the_default_budget_is_kept_at_any_size(tokens, classes, argnums):
-    # Half a GiB and half as much again. The kernel's gradient is summed where it is returned.
-    assert temporaries(tokens, FEATURES, classes, argnums=argnums) <= 768
+    # Twice the half GiB, and no accumulator: the kernel's gradient is summed where it is returned.
+    assert temporaries(tokens, FEATURES, classes, argnums=argnums) <= 1024
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
