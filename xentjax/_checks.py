@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 from jax.experimental import checkify
+from jaxtyping import ArrayLike
 
 _labels_checked = contextvars.ContextVar("labels_checked", default=False)
 
@@ -125,6 +126,20 @@ def check_labels(labels: jax.Array, num_classes: int, where: jax.Array | None) -
         label=labels[tuple(position)],
         position=position[:-1],
     )
+
+
+def as_mask(
+    where: ArrayLike, batch: tuple[int, ...], shape: tuple[int, ...], classes: str
+) -> jax.Array:
+    """Returns `where` as an array: bool, of examples (`batch`) or of `classes` (`shape`)."""
+    mask = as_array("where", where, "a bool array")
+    check_bool("where", mask)
+    check(
+        mask.shape in (batch, shape),
+        f"where: expected shape {batch} (a mask of examples) or {shape} (a mask of {classes}), "
+        f"got {mask.shape}",
+    )
+    return mask
 
 
 def describe(x: Any) -> str:

@@ -125,13 +125,7 @@ def _checked_call(function, logits, targets, axis, where):
     else:
         _checks.check_shape("targets", targets, logits.shape, "dense targets: that of the logits")
     if where is not None:
-        where = _checks.as_array("where", where, "a bool array")
-        _checks.check_bool("where", where)
-        _checks.check(
-            where.shape in (batch, logits.shape),
-            f"where: expected shape {batch} (a mask of examples) or {logits.shape} (a mask of "
-            f"classes), got {where.shape}",
-        )
+        where = _checks.as_mask(where, batch, logits.shape, "classes")
     if isinstance(targets, SparseTargets):
         examples = where if where is not None and where.shape == batch else None
         _checks.check_labels(targets.indices, num_classes, examples)

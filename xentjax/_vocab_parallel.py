@@ -83,13 +83,7 @@ def vocab_parallel_softmax_cross_entropy(
         fits = "dense targets: that of the shard of logits"
         _checks.check_shape("targets", targets, logits.shape, fits)
     if where is not None:
-        where = _checks.as_array("where", where, "a bool array")
-        _checks.check_bool("where", where)
-        _checks.check(
-            where.shape in (batch, logits.shape),
-            f"where: expected shape {batch} (a mask of examples) or {logits.shape} (a mask of "
-            f"the shard of classes), got {where.shape}",
-        )
+        where = _checks.as_mask(where, batch, logits.shape, "the shard of classes")
         if where.shape == logits.shape:
             logits, where = jnp.where(where, logits, -jnp.inf), None
     over = _mesh.varying_axes((logits, targets, where))
