@@ -274,10 +274,14 @@ def logits_cotangent(
         elsewhere = entries(logits, background)
     else:  # No mass is near 1 there.
         shift, scale = _shift_and_scale(block.m)
-        exponentials = _exp_without(wide(logits), shift, left_out)
         of_p = (loss_cotangent * block.mass + lse_cotangent) * (scale / (1 + block.rest))
-        elsewhere = of_p[..., None] * exponentials - loss_cotangent[..., None] * background
-        elsewhere = elsewhere.astype(logits.dtype)
+        of_background = loss_cotangent[..., None] * background
+        # What the entries of a row share is computed once, not again for each of them.
+        at_indices, of_p, of_background = jax.lax.optimization_barrier(
+            (at_indices, of_p, of_background)
+        )
+        exponentials = _exp_without(wide(logits), shift, left_out)
+        elsewhere = (of_p[..., None] * exponentials - of_background).astype(logits.dtype)
     return _masses.put_at(elsewhere, targets.indices, at_indices)
 
 
@@ -347,9 +351,15 @@ def _top(m: jax.Array) -> jax.Array:
 
 
 def _shift_and_scale(m: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns (shift [..., 1], scale [...]): exp(z − m) = scale · exp(z − shift)."""
+    """Returns (shift [..., 1], scale [...]): exp(z − m) = scale · exp(z − shift).
+
+    The shift is a whole number, for `_exp_difference`.
+    """
     top = jax.lax.stop_gradient(_top(m))
-    return top - _RAISE, _exp_difference(top - _RAISE, top)[..., 0]
+    level = jnp.round(top)
+    exact = jnp.abs(level) < 2**22  # Farther out level − 40 would be rounded.
+    shift = jnp.where(exact, level - _RAISE, level)
+    return shift, (jnp.where(exact, math.exp(-_RAISE), 1) * jnp.exp(level - top))[..., 0]
 
 
 def _exp_without(z: jax.Array, shift: jax.Array, left_out: jax.Array) -> jax.Array:
@@ -359,13 +369,13 @@ def _exp_without(z: jax.Array, shift: jax.Array, left_out: jax.Array) -> jax.Arr
 
 
 def _exp_difference(z: jax.Array, shift: jax.Array) -> jax.Array:
-    """Returns exp(z − shift) without the error of rounding z − shift.
+    """Returns exp(z − shift) without the error e of rounding d = z − shift; shift is whole.
 
     That error, half an ulp of |z − shift|, is a relative error of exp: 4e-6 at 80 in float32.
-    Knuth's two-sum finds it exactly, and exp(d + e) = exp(d) · (1 + e).
+    Here exp(d + e) = exp(d) · (1 + e). Where exp(d) is not 0, d + shift is not rounded: shift is
+    a whole number, a multiple of an ulp of d, and so is the sum, which is close to z.
     """
     d = z - shift
-    minus_shift = d - z
-    e = (z - (d - minus_shift)) - (shift + minus_shift)
-    e = jax.lax.stop_gradient(jnp.where(d > -jnp.inf, e, 0))
-    return jnp.exp(d) * (1 + e)
+    e = jax.lax.stop_gradient(jnp.where(d > -jnp.inf, z - (d + shift), 0))
+    exponential = jnp.exp(d)
+    return exponential + exponential * e
