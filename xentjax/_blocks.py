@@ -143,10 +143,10 @@ def _by_rows(function: Callable[..., Any]) -> Callable[..., Any]:
     return over_rows
 
 
-# 2¹⁸ float32 logits are 1 MiB, a core's second-level cache. A loop gains from there on if targets
-# are on all classes, which makes several such arrays, and else from where the last cache, some
-# 32 MiB, ends.
-_CACHED, _LARGE = 2**18, 2**23
+# 2¹⁹ float32 logits are 2 MiB, the second-level caches of two cores. A loop gains from there on if
+# targets are on all classes, which makes several such arrays, and else from where the last cache,
+# some 32 MiB, ends.
+_CACHED, _LARGE = 2**19, 2**23
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
@@ -275,13 +275,9 @@ def logits_cotangent(
     else:  # No mass is near 1 there.
         shift, scale = _shift_and_scale(block.m)
         of_p = (loss_cotangent * block.mass + lse_cotangent) * (scale / (1 + block.rest))
-        of_background = loss_cotangent[..., None] * background
-        # What the entries of a row share is computed once, not again for each of them.
-        at_indices, of_p, of_background = jax.lax.optimization_barrier(
-            (at_indices, of_p, of_background)
-        )
         exponentials = _exp_without(wide(logits), shift, left_out)
-        elsewhere = (of_p[..., None] * exponentials - of_background).astype(logits.dtype)
+        elsewhere = of_p[..., None] * exponentials - loss_cotangent[..., None] * background
+        elsewhere = elsewhere.astype(logits.dtype)
     return _masses.put_at(elsewhere, targets.indices, at_indices)
 
 
@@ -315,12 +311,12 @@ def _max_and_lifted_rest(
     m = jnp.max(z, axis=-1)
     top, (shift, scale) = _top(m), _shift_and_scale(m)
     if left_out is None:
-        others = jnp.where(z < top, _exp_difference(z, shift), 0).sum(-1)
+        others = _masses.over_classes(jnp.where(z < top, _exp_difference(z, shift), 0))
         maxima = jnp.sum(z == top, axis=-1, dtype=z.dtype)
     else:
         apart, counts = _masses.at_classes(z, left_out), ~_masses.is_repeated(left_out)
         others = jnp.where(counts & (apart < top), _exp_difference(apart, shift), 0).sum(-1)
-        others += _exp_without(z, shift, left_out).sum(-1)
+        others += _masses.over_classes(_exp_without(z, shift, left_out))
         maxima = jnp.sum(counts & (apart == top), axis=-1, dtype=z.dtype)
     return m, jnp.maximum((scale * _LIFT) * others + _LIFT * (maxima - 1), 0)
 

@@ -53,17 +53,29 @@ def expectations(
     those of the costs over all classes, where they are known without looking.
     """
     if not isinstance(targets, SparseTargets):
-        return [times_mass(targets, cost(logits)).sum(-1) for cost in costs]
+        return [over_classes(times_mass(targets, cost(logits))) for cost in costs]
     picked = at_classes(logits, targets.indices)
     totals = [times_mass(targets.weights, cost(picked)).sum(-1) for cost in costs]
     for mass, distribution in backgrounds(targets, logits.shape[-1]):
         for i, cost in enumerate(costs):
-            known = means[i] if means and targets.background is None else None
-            if known is None:
-                totals[i] += times_mass(mass, times_mass(distribution, cost(logits)).sum(-1))
+            if targets.background is not None:
+                mean = over_classes(times_mass(distribution, cost(logits)))
+                totals[i] += times_mass(mass, mean)
+            elif means and means[i] is not None:
+                totals[i] += mass * means[i]
             else:
-                totals[i] += mass * known
+                totals[i] += times_mass(mass * distribution, over_classes(cost(logits)))
     return totals
+
+
+def over_classes(x: jax.Array) -> jax.Array:
+    """Returns the sum of x [..., V] over all classes.
+
+    XLA's CPU backend makes one kernel of a sum and those after it, such as the mean of the losses,
+    and in jax 0.12 leaves that to one core. A choice between the sum and itself keeps them apart.
+    """
+    total = x.sum(-1)
+    return jnp.where(jnp.isnan(total), jnp.nan, total)
 
 
 def total_mass(targets: jax.Array | SparseTargets, num_classes: int) -> jax.Array:
