@@ -86,6 +86,19 @@ def test_every_target_form_is_exact(form):
         assert np.all(error <= 1e-6 * scale)
 
 
+@pytest.mark.parametrize("offset", [300.0, -1e5, 2.0**21, -(2.0**22), 2.0**28, 1e30, -3.4e38])
+def test_exact_however_far_from_zero_all_logits_are(offset):
+    logits, labels = _rows_with_margins(10, np.array([-60.0, -5.0, 0.0, 20.0, 60.0]))
+    logits = (logits + np.float32(offset)).astype(np.float32)
+    logits[:, 7] = -np.finfo(np.float32).max  # As masks are often made.
+    losses, gradient = _loss_and_gradient(logits, labels)
+    for row, z in enumerate(logits):
+        loss, entries = exact_softmax_cross_entropy(z, np.eye(10)[labels[row]])
+        assert relative_error(losses[row], [loss]) <= 1e-6
+        normal = [v for v, e in enumerate(entries) if abs(e) >= np.finfo(np.float32).tiny]
+        assert relative_error(gradient[row, normal], [entries[v] for v in normal]) <= 1e-6
+
+
 def test_one_hot_is_exact_as_labels_are():
     logits, labels = _rows_with_margins(5, np.array([15.0, 30.0, 60.0]))
     one_hot = jax.nn.one_hot(labels, 5)

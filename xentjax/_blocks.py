@@ -143,10 +143,10 @@ def _by_rows(function: Callable[..., Any]) -> Callable[..., Any]:
     return over_rows
 
 
-# 2¹⁹ float32 logits are 2 MiB, the second-level caches of two cores. A loop gains from there on if
-# targets are on all classes, which makes several such arrays, and else from where the last cache,
-# some 32 MiB, ends.
-_CACHED, _LARGE = 2**19, 2**23
+# 2¹⁸ float32 logits are 1 MiB, a core's second-level cache. A loop gains from there on if targets
+# are on all classes, which makes several such arrays, and else from where the last cache, some
+# 32 MiB, ends.
+_CACHED, _LARGE = 2**18, 2**23
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))

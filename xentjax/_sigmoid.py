@@ -129,10 +129,6 @@ def _as_binary(name, predictions, targets):
     return predictions, targets.astype(jnp.promote_types(predictions.dtype, jnp.float32))
 
 
-def _softplus(x):
-    return jnp.maximum(x, 0) + jnp.log1p(jnp.exp(-jnp.abs(x)))
-
-
 @jax.custom_jvp
 def _sigmoid(x):
     return 1 / (1 + jnp.exp(-x))
@@ -147,9 +143,9 @@ def _sigmoid_jvp(primals, tangents):
 def _fwd(live, logits, targets):
     del live
     z = logits.astype(targets.dtype)
-    yes = _masses.times_mass(targets, _softplus(-z))
-    no = _masses.times_mass(1 - targets, _softplus(z))
-    return yes + no, (logits, targets)
+    yes = _masses.times_cost(targets, jnp.maximum(-z, 0))
+    no = _masses.times_cost(1 - targets, jnp.maximum(z, 0))
+    return yes + no + jnp.log1p(jnp.exp(-jnp.abs(z))), (logits, targets)
 
 
 def _bwd(live, residuals, cotangent):
