@@ -17,7 +17,7 @@ MP.dps = 50
 
 ULPS = 8
 MARGINS = np.concatenate([np.linspace(-80, 80, 161), [1e-3, -1e-3, 1e-7, -1e-7, 16.6, -16.6, -0.0]])
-SOFT = [0.0, 1.0, 0.5, 0.1, 1 - 1e-6]
+SOFT = [1e-30, 1e-10, 0.0, 1.0, 0.5, 0.1, 1 - 1e-6]
 
 
 @pytest.fixture(params=["float32", "float64"])

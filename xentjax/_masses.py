@@ -41,17 +41,6 @@ def times_mass(mass: jax.Array | float, cost: jax.Array) -> jax.Array:
     return mass * jnp.where((mass == 0) & jnp.isposinf(cost), 0, cost)
 
 
-def times_cost(mass: jax.Array | float, cost: jax.Array) -> jax.Array:
-    """Returns mass · cost with 0 · inf = 0, for cost ≥ 0 of which half an ulp of 1 is nothing.
-
-    It does so without a choice, at which XLA's CPU backend gives up its fast sums: in units of
-    2¹⁰⁰ (in float32) every cost but +inf is a small number, and a cap on it leaves them all alone.
-    """
-    number = jnp.finfo(cost.dtype)
-    unit = 2.0 ** (number.maxexp - number.nmant - 5)
-    return mass * jnp.minimum(cost / unit, number.max) * unit
-
-
 def expectations(
     targets: jax.Array | SparseTargets,
     logits: jax.Array,
