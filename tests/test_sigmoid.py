@@ -331,3 +331,15 @@ def test_agrees_with_optax():
         np.testing.assert_allclose(got, want, rtol=1e-13)
         for a, b in zip(got_vjp(jnp.ones_like(got)), want_vjp(jnp.ones_like(got)), strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("loss", ["sigmoid_binary_cross_entropy", "multilabel_cross_entropy"])
+@pytest.mark.parametrize("differentiate", [False, True])
+def test_nothing_of_the_logits_size_beside_arguments_and_results(loss, differentiate):
+    def mean(z, t):
+        return getattr(xentjax, loss)(z, t).mean()
+
+    logits = jax.ShapeDtypeStruct((4096, 1000), jnp.float32)
+    function = jax.value_and_grad(mean) if differentiate else mean
+    memory = jax.jit(function).lower(logits, logits).compile().memory_analysis()
+    assert memory.temp_size_in_bytes <= 0.01 * logits.size * 4
