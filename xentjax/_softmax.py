@@ -199,7 +199,8 @@ def _cross_entropy_fwd(live, logits, targets, mask):
     return out, (logits, targets, mask, block)
 
 
-def _cross_entropy_bwd(live, residuals, cotangent):
+def cross_entropy_bwd(live, residuals, cotangent, axes=()):
+    """The backward rule, of (loss, log-normalizer) of classes that are split along mesh `axes`."""
     live_logits, live_targets, _ = live
     logits, targets, mask, block = residuals
     prepare = functools.partial(_masses.kept, mask=mask, dtype=block.m.dtype)
@@ -209,7 +210,8 @@ def _cross_entropy_bwd(live, residuals, cotangent):
         logits_cotangent = _blocks.logits_cotangent(block, logits, prepare(targets), *cotangent)
         logits_cotangent = _masses.masked(logits_cotangent, mask)
     if any(jax.tree.leaves(live_targets)):
-        targets_cotangent = _blocks.targets_cotangent(block, logits, targets, prepare, cotangent[0])
+        own = _mesh.varying(cotangent[0], axes)
+        targets_cotangent = _blocks.targets_cotangent(block, logits, targets, prepare, own)
     return logits_cotangent, targets_cotangent, None
 
 
@@ -217,7 +219,7 @@ def _cross_entropy_value(logits, targets, mask):
     return _cross_entropy_fwd((False, None, None), logits, targets, mask)[0]
 
 
-_cross_entropy = custom_vjp(_cross_entropy_value, _cross_entropy_fwd, _cross_entropy_bwd)
+_cross_entropy = custom_vjp(_cross_entropy_value, _cross_entropy_fwd, cross_entropy_bwd)
 
 
 def _block_without_targets(logits):

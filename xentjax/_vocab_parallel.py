@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float
 
-from xentjax import _blocks, _checks, _linear, _masses, _mesh, _targets
+from xentjax import _blocks, _checks, _linear, _masses, _mesh, _softmax, _targets
 from xentjax._custom_vjp import custom_vjp
 from xentjax._logit_transform import LogitTransform
 from xentjax._mesh import AxisName
@@ -193,20 +193,7 @@ def _cross_entropy_over(axes: tuple[Hashable, ...]) -> Callable[..., jax.Array]:
         return _masses.masked(block.loss, mask), (logits, targets, mask, block)
 
     def bwd(live, residuals, cotangent):
-        live_logits, live_targets, _ = live
-        logits, targets, mask, block = residuals
-        prepare = functools.partial(_masses.kept, mask=mask, dtype=block.m.dtype)
-        cotangent = _masses.masked(cotangent, mask)
-        logits_cotangent = targets_cotangent = None
-        if live_logits:
-            cotangents = cotangent, jnp.zeros_like(cotangent)
-            logits_cotangent = _blocks.logits_cotangent(
-                block, logits, prepare(targets), *cotangents
-            )
-            logits_cotangent = _masses.masked(logits_cotangent, mask)
-        if any(jax.tree.leaves(live_targets)):
-            own = _mesh.varying(cotangent, axes)
-            targets_cotangent = _blocks.targets_cotangent(block, logits, targets, prepare, own)
-        return logits_cotangent, targets_cotangent, None
+        of_loss_and_lse = cotangent, jnp.zeros_like(cotangent)
+        return _softmax.cross_entropy_bwd(live, residuals, of_loss_and_lse, axes)
 
     return custom_vjp(lambda *args: fwd(None, *args)[0], fwd, bwd)
