@@ -58,13 +58,14 @@ def expectations(
     totals = [times_mass(targets.weights, cost(picked)).sum(-1) for cost in costs]
     for mass, distribution in backgrounds(targets, logits.shape[-1]):
         for i, cost in enumerate(costs):
-            if targets.background is not None:
+            known = means[i] if means and targets.background is None else None
+            if known is not None:
+                totals[i] += mass * known
+            elif targets.background is None:
+                totals[i] += times_mass(mass * distribution, over_classes(cost(logits)))
+            else:
                 mean = over_classes(times_mass(distribution, cost(logits)))
                 totals[i] += times_mass(mass, mean)
-            elif means and means[i] is not None:
-                totals[i] += mass * means[i]
-            else:
-                totals[i] += times_mass(mass * distribution, over_classes(cost(logits)))
     return totals
 
 
