@@ -29,11 +29,12 @@ import jax
 import jax.numpy as jnp
 
 from xentjax import _masses
+from xentjax._platform import on_one_cpu
 from xentjax._targets import SparseTargets
 
 # `rest` is kept times 2⁵⁸: float32 loses exp(x) below x = −87, which beside exp(−80) is not
-# nothing. A power of two scales exactly, and exp(−40) · 2⁵⁸ is near 1.
-_RAISE, _LIFT = 40.0, 2.0**58
+# nothing. A power of two scales exactly.
+_LIFT = 2.0**58
 
 
 class Block(NamedTuple):
@@ -69,9 +70,8 @@ class Block(NamedTuple):
 
     def softmax(self, logits: jax.Array) -> jax.Array:
         """Returns p, [..., V]."""
-        shift, scale = _shift_and_scale(self.m)
-        exponentials = _exp_difference(wide(logits), shift)
-        return (scale / (1 + self.rest))[..., None] * exponentials
+        shift, scale = _shift_and_scale(self.m, logits.shape[-1])
+        return (1 / (1 + self.rest))[..., None] * (scale * jnp.exp(wide(logits) - shift))
 
     def is_top(self, logits: jax.Array) -> jax.Array:
         """Returns whether p_v > 1/2, [..., V]: at most one largest logit has that."""
@@ -82,48 +82,41 @@ def block_of(logits: jax.Array, targets: jax.Array | SparseTargets, shares: bool
     """Returns the Block of logits [..., V] under the target mass on those V classes.
 
     XLA's CPU backend writes exp(z) to memory before it sums it. A few rows at a time that is its
-    cache, and the rest of memory is read once: this is the one place where a platform is told
-    apart. What is sharded automatically must not be sliced, so one device it must be.
+    cache, and the rest of memory is read once.
 
     Args:
       logits: [..., V].
       targets: The mass on those classes, ready for arithmetic.
-      shares: Whether `logits_cotangent` of the same logits follows. If it can, it then shares the
-        exponentials, which become the cotangent in place.
+      shares: Whether `logits_cotangent` of the same logits follows, and shares the exponentials
+        where it can: they become the cotangent in place.
     """
     left_out = _left_out(targets)
-    shares &= left_out is not None and logits.dtype == wide_dtype(logits.dtype)
-    many = _CACHED if left_out is None else _LARGE
-    if logits.size < many or jax.device_count("cpu") > 1:
+    if logits.size < (_CACHED if left_out is None else _LARGE):
         return _plain_block_of(logits, targets)
-    if not shares:
-        return jax.lax.platform_dependent(
-            logits, targets, cpu=_by_rows(_plain_block_of), default=_plain_block_of
-        )
-    m, lifted_rest = _max_and_lifted_rest(logits, left_out)
-    args = logits, targets, m
-    if not _masses.has_background(targets):
-        return Block(m, lifted_rest, *_target_sums(*args))
-    sums = jax.lax.platform_dependent(*args, cpu=_by_rows(_target_sums), default=_target_sums)
-    return Block(m, lifted_rest, *sums)
+    if left_out is None or not (shares and _is_wide(logits)):
+        return on_one_cpu(_by_rows(_plain_block_of), _plain_block_of)(logits, targets)
+    max_and_sums = _max_and_target_sums
+    if _masses.has_background(targets):
+        max_and_sums = on_one_cpu(_by_rows(max_and_sums), max_and_sums)
+    return _with_rest(logits, targets, *max_and_sums(logits, targets))
 
 
 def _by_rows(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Returns `function` of (logits, targets, *arrays [...]) as a loop over a few rows at a time.
+    """Returns `function` of (logits, targets) as a loop over a few rows at a time.
 
     It returns arrays [...] of the dtype of the arithmetic.
     """
 
-    def over_rows(logits, targets, *arrays):
+    def over_rows(logits, targets):
         batch, num_classes = logits.shape[:-1], logits.shape[-1]
         size = math.prod(batch)
         rows = max(1, min(size, _CACHED // num_classes))
         logits = logits.reshape(size, num_classes)
-        others = _masses.flattened(targets), *(x.reshape(size) for x in arrays)
+        flat_targets = _masses.flattened(targets)
 
         def of_rows(first):
             z = slice_unconverted(logits, first, rows, 0)
-            return function(z, *_masses.rows_of(others, first, rows))
+            return function(z, _masses.rows_of(flat_targets, first, rows))
 
         def step(i, out):
             # A last step that would reach past the end starts early, and repeats some rows.
@@ -170,8 +163,12 @@ def _slice_jvp(size, axis, primals, tangents):
 
 
 def _plain_block_of(logits, targets):
-    m, lifted_rest = _max_and_lifted_rest(logits, _left_out(targets))
-    return Block(m, lifted_rest, *_target_sums(logits, targets, m))
+    return _with_rest(logits, targets, *_max_and_target_sums(logits, targets))
+
+
+def _with_rest(logits, targets, m, *sums):
+    """Returns the Block of which all but the rest is known."""
+    return Block(m, _lifted_rest(logits, m, _left_out(targets)), *sums)
 
 
 def _left_out(targets):
@@ -185,8 +182,9 @@ def _left_out(targets):
     return targets.indices if targets.indices.shape[-1] else None
 
 
-def _target_sums(logits, targets, m):
-    """Returns mass, mass_below and excess."""
+def _max_and_target_sums(logits, targets):
+    """Returns m, mass, mass_below and excess."""
+    m = jnp.max(wide(jax.lax.stop_gradient(logits)), axis=-1)
     top = _top(m)
     # The mean of [z < m] is this for one maximum; for several, p > 1/2 holds for no class, and
     # mass_below is not used.
@@ -198,7 +196,7 @@ def _target_sums(logits, targets, m):
         lambda z: top - wide(z),
         means=(all_but_one, None),
     )
-    return _masses.total_mass(targets, logits.shape[-1]), *below_and_excess
+    return m, _masses.total_mass(targets, logits.shape[-1]), *below_and_excess
 
 
 def merge(a: Block, b: Block) -> Block:
@@ -216,9 +214,8 @@ def merge_over(block: Block, axis_name: Hashable) -> Block:
 def _summands(block: Block, m: jax.Array) -> tuple[jax.Array, ...]:
     """Returns what adds over blocks, as seen from a maximum m that is no less than block.m."""
     is_max = (block.m == m) & (m > -jnp.inf)
-    shift, scale = _shift_and_scale(m)
-    exponential = _exp_difference(block.m[..., None], shift)[..., 0]
-    fallen = (1 + block.rest) * exponential * (scale * _LIFT)
+    shift, scale = _shift_and_scale(m, 1)
+    fallen = (1 + block.rest) * (_LIFT * scale * jnp.exp(block.m[..., None] - shift))[..., 0]
     return (
         jnp.where(is_max, block.lifted_rest, fallen),
         is_max.astype(m.dtype),
@@ -238,6 +235,7 @@ def logits_cotangent(
     targets: jax.Array | SparseTargets,
     loss_cotangent: jax.Array,
     lse_cotangent: jax.Array,
+    shares: bool = False,
 ) -> jax.Array:
     """Returns loss_cotangent · (mass · p − t) + lse_cotangent · p, [..., V].
 
@@ -247,6 +245,7 @@ def logits_cotangent(
       targets: The mass on those classes.
       loss_cotangent: [...].
       lse_cotangent: [...].
+      shares: Whether `block_of` of the same logits and targets made the block.
     """
 
     def entries(z, t):
@@ -273,10 +272,12 @@ def logits_cotangent(
     if left_out is None:
         elsewhere = entries(logits, background)
     else:  # No mass is near 1 there.
-        shift, scale = _shift_and_scale(block.m)
-        of_p = (loss_cotangent * block.mass + lse_cotangent) * (scale / (1 + block.rest))
-        exponentials = _exp_without(wide(logits), shift, left_out)
-        elsewhere = of_p[..., None] * exponentials - loss_cotangent[..., None] * background
+        shift, scale = _shift_and_scale(block.m, num_classes)
+        of_p = (loss_cotangent * block.mass + lse_cotangent) / (1 + block.rest)
+        exponentials = jnp.exp(wide(logits) - shift)
+        if shares and _is_wide(logits):
+            exponentials = _put_zeros(exponentials, left_out)
+        elsewhere = of_p[..., None] * (scale * exponentials) - loss_cotangent[..., None] * background
         elsewhere = elsewhere.astype(logits.dtype)
     return _masses.put_at(elsewhere, targets.indices, at_indices)
 
@@ -297,38 +298,35 @@ def targets_cotangent(
 
 
 @jax.custom_jvp
-def _max_and_lifted_rest(
-    logits: jax.Array, left_out: jax.Array | None
-) -> tuple[jax.Array, jax.Array]:
-    """Returns m and 2⁵⁸ · rest; where all z are −inf, m is −inf and rest is 0.
+def _lifted_rest(logits: jax.Array, m: jax.Array, left_out: jax.Array | None) -> jax.Array:
+    """Returns 2⁵⁸ · rest, [...]; where all z are −inf, rest is 0.
 
     Args:
       logits: [..., V].
+      m: Their maximum, [...]; its derivative is not asked for.
       left_out: Classes [..., K]: rest has full relative precision where the largest logit is among
         them, and the precision of 1 + rest elsewhere. None is all classes.
     """
     z = wide(logits)
-    m = jnp.max(z, axis=-1)
-    top, (shift, scale) = _top(m), _shift_and_scale(m)
+    top, (shift, scale) = _top(m), _shift_and_scale(m, z.shape[-1])
     if left_out is None:
-        others = _masses.over_classes(jnp.where(z < top, _exp_difference(z, shift), 0))
+        others = _masses.over_classes(jnp.where(z < top, jnp.exp(z - shift), 0))
         maxima = jnp.sum(z == top, axis=-1, dtype=z.dtype)
     else:
         apart, counts = _masses.at_classes(z, left_out), ~_masses.is_repeated(left_out)
-        others = jnp.where(counts & (apart < top), _exp_difference(apart, shift), 0).sum(-1)
-        others += _masses.over_classes(_exp_without(z, shift, left_out))
+        others = jnp.where(counts & (apart < top), jnp.exp(apart - shift), 0).sum(-1)
+        others += _masses.over_classes(_put_zeros(jnp.exp(z - shift), left_out))
         maxima = jnp.sum(counts & (apart == top), axis=-1, dtype=z.dtype)
-    return m, jnp.maximum((scale * _LIFT) * others + _LIFT * (maxima - 1), 0)
+    return jnp.maximum((_LIFT * scale[..., 0]) * others + _LIFT * (maxima - 1), 0)
 
 
-@_max_and_lifted_rest.defjvp
-def _max_and_lifted_rest_jvp(primals, tangents):
-    (logits, left_out), (tangent, _) = primals, tangents
-    m, lifted_rest = _max_and_lifted_rest(logits, left_out)
-    shift, scale = _shift_and_scale(m)
-    exponentials = _exp_difference(wide(logits), shift)
-    change = (scale * _LIFT) * jnp.sum(exponentials * wide(tangent), axis=-1)
-    return (m, lifted_rest), (jnp.zeros_like(m), change)
+@_lifted_rest.defjvp
+def _lifted_rest_jvp(primals, tangents):
+    (logits, m, left_out), (tangent, *_) = primals, tangents
+    shift, scale = _shift_and_scale(m, logits.shape[-1])
+    exponentials = scale * jnp.exp(wide(logits) - shift)
+    change = _LIFT * jnp.sum(exponentials * wide(tangent), axis=-1)
+    return _lifted_rest(logits, m, left_out), change
 
 
 def wide_dtype(*dtypes: jax.typing.DTypeLike) -> jnp.dtype:
@@ -341,37 +339,38 @@ def wide(x: jax.Array) -> jax.Array:
     return x.astype(wide_dtype(x.dtype))
 
 
+def _is_wide(x: jax.Array) -> bool:
+    return x.dtype == wide_dtype(x.dtype)
+
+
 def _top(m: jax.Array) -> jax.Array:
     """Returns what is subtracted from the logits, [..., 1]: m, or 0 where m is −inf."""
     return jnp.where(m == -jnp.inf, 0, m)[..., None]
 
 
-def _shift_and_scale(m: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns (shift [..., 1], scale [...]): exp(z − m) = scale · exp(z − shift).
+def _shift_and_scale(m: jax.Array, num_classes: int) -> tuple[jax.Array, jax.Array]:
+    """Returns (shift, scale), both [..., 1]: exp(z − m) = scale · exp(z − shift).
 
-    The shift is a whole number, for `_exp_difference`.
+    Rounding z − m is an error of half an ulp of |z − m|, and so a relative error of exp: 4e-6 at 80
+    in float32. The shift is 0 unless m is too large for a sum of V exponentials, or so small that
+    they would underflow; then it is a whole number, as small as will do. With |shift| ≤ |z| nothing
+    is rounded: z − shift is a multiple of an ulp of z and no larger than z. Elsewhere it is small,
+    at most 16 down to exp(−80), and its rounding at most half an ulp of 16, 5e-7.
     """
     top = jax.lax.stop_gradient(_top(m))
-    level = jnp.round(top)
-    exact = jnp.abs(level) < 2**22  # Farther out level − 40 would be rounded.
-    shift = jnp.where(exact, level - _RAISE, level)
-    return shift, (jnp.where(exact, math.exp(-_RAISE), 1) * jnp.exp(level - top))[..., 0]
+    high = math.floor(math.log(jnp.finfo(m.dtype).max) - math.log(max(1, num_classes)) - 2)
+    whole = jnp.trunc(top)
+    near = jnp.abs(whole) < 2**22  # Farther out whole − high would be rounded.
+    shift = jnp.where(near, whole - jnp.clip(whole, _LOW, high), whole)
+    d = top - shift
+    e = top - (d + shift)  # The rounding of d, exactly: exp(−d − e) = exp(−d) · (1 − e).
+    return shift, jnp.exp(-d) * (1 - e)
 
 
-def _exp_without(z: jax.Array, shift: jax.Array, left_out: jax.Array) -> jax.Array:
-    """Returns exp(z − shift), [..., V], with 0 for the classes left out."""
-    exponentials = _exp_difference(z, shift)
-    return _masses.put_at(exponentials, left_out, jnp.zeros(left_out.shape, z.dtype))
+# Below the maximum there is then room for exp(−80), and exp(−94) beside it.
+_LOW = 7
 
 
-def _exp_difference(z: jax.Array, shift: jax.Array) -> jax.Array:
-    """Returns exp(z − shift) without the error e of rounding d = z − shift; shift is whole.
-
-    That error, half an ulp of |z − shift|, is a relative error of exp: 4e-6 at 80 in float32.
-    Here exp(d + e) = exp(d) · (1 + e). Where exp(d) is not 0, d + shift is not rounded: shift is
-    a whole number, a multiple of an ulp of d, and so is the sum, which is close to z.
-    """
-    d = z - shift
-    e = jax.lax.stop_gradient(jnp.where(d > -jnp.inf, z - (d + shift), 0))
-    exponential = jnp.exp(d)
-    return exponential + exponential * e
+def _put_zeros(x: jax.Array, classes: jax.Array) -> jax.Array:
+    """Returns x [..., V] with 0 for some classes [..., K]."""
+    return _masses.put_at(x, classes, jnp.zeros(classes.shape, x.dtype))

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from xentjax import _targets
+from xentjax._platform import on_one_cpu
 from xentjax._targets import SparseTargets
 
 
@@ -143,16 +144,34 @@ def is_heaviest(targets, prediction, num_classes):
 
 
 def put_at(x: jax.Array, indices: jax.Array, values: jax.Array) -> jax.Array:
-    """Returns x [..., V] with x[..., indices_k] = values_k; equal indices have equal values."""
-    num_classes, k = x.shape[-1], indices.shape[-1]
-    if k <= _FEW:
-        classes = jax.lax.broadcasted_iota(indices.dtype, x.shape, x.ndim - 1)
-        for j in range(k):
-            x = jnp.where(classes == indices[..., j, None], values[..., j, None], x)
-        return x
+    """Returns x [..., V] with x[..., indices_k] = values_k; equal indices have equal values.
+
+    A choice in the loop that writes x is what compilers fuse best; but XLA's CPU backend makes
+    twice the work of an exponential in that loop, and takes no time to scatter a few values.
+    """
+    if indices.shape[-1] > _FEW:
+        return _scattered(x, indices, values)
+    if x.size < _SMALL or x.dtype.itemsize < 4:  # It would convert all of a bfloat16 x.
+        return _chosen(x, indices, values)
+    return on_one_cpu(_scattered, _chosen)(x, indices, values)
+
+
+def _chosen(x, indices, values):
+    classes = jax.lax.broadcasted_iota(indices.dtype, x.shape, x.ndim - 1)
+    for k in range(indices.shape[-1]):
+        x = jnp.where(classes == indices[..., k, None], values[..., k, None], x)
+    return x
+
+
+def _scattered(x, indices, values):
     # The scatter's transpose needs distinct indices: repeats go out of range and are dropped.
-    indices = jnp.where(is_repeated(indices), num_classes + jnp.arange(k), indices)
+    out_of_range = x.shape[-1] + jnp.arange(indices.shape[-1])
+    indices = jnp.where(is_repeated(indices), out_of_range, indices)
     return x.at[rows_and(indices)].set(values, mode="drop", unique_indices=True)
+
+
+# Up to so many classes, or elements of x, a choice costs less than a scatter.
+_FEW, _SMALL = 4, 2**14
 
 
 def is_repeated(indices: jax.Array) -> jax.Array:
@@ -162,10 +181,6 @@ def is_repeated(indices: jax.Array) -> jax.Array:
     order = jnp.arange(indices.shape[-1])
     same = indices[..., :, None] == indices[..., None, :]
     return (same & (order[:, None] > order)).any(-1)
-
-
-# Up to here a comparison in the loop that writes x costs less than a scatter after it.
-_FEW = 4
 
 
 def rows_and(indices: jax.Array) -> tuple[jax.Array, ...]:

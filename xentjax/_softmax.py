@@ -207,7 +207,9 @@ def cross_entropy_bwd(live, residuals, cotangent, axes=()):
     cotangent = _masses.masked(cotangent, mask)
     logits_cotangent = targets_cotangent = None
     if live_logits:
-        logits_cotangent = _blocks.logits_cotangent(block, logits, prepare(targets), *cotangent)
+        logits_cotangent = _blocks.logits_cotangent(
+            block, logits, prepare(targets), *cotangent, shares=not axes
+        )
         logits_cotangent = _masses.masked(logits_cotangent, mask)
     if any(jax.tree.leaves(live_targets)):
         own = _mesh.varying(cotangent[0], axes)
