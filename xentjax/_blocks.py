@@ -70,7 +70,7 @@ class Block(NamedTuple):
 
     def softmax(self, logits: jax.Array) -> jax.Array:
         """Returns p, [..., V]."""
-        shift, scale = _shift_and_scale(self.m, logits.shape[-1])
+        shift, scale = _shift_and_scale(self.m)
         return (1 / (1 + self.rest))[..., None] * (scale * jnp.exp(wide(logits) - shift))
 
     def is_top(self, logits: jax.Array) -> jax.Array:
@@ -214,7 +214,7 @@ def merge_over(block: Block, axis_name: Hashable) -> Block:
 def _summands(block: Block, m: jax.Array) -> tuple[jax.Array, ...]:
     """Returns what adds over blocks, as seen from a maximum m that is no less than block.m."""
     is_max = (block.m == m) & (m > -jnp.inf)
-    shift, scale = _shift_and_scale(m, 1)
+    shift, scale = _shift_and_scale(m)
     fallen = (1 + block.rest) * (_LIFT * scale * jnp.exp(block.m[..., None] - shift))[..., 0]
     return (
         jnp.where(is_max, block.lifted_rest, fallen),
@@ -272,11 +272,11 @@ def logits_cotangent(
     if left_out is None:
         elsewhere = entries(logits, background)
     else:  # No mass is near 1 there.
-        shift, scale = _shift_and_scale(block.m, num_classes)
+        shift, scale = _shift_and_scale(block.m)
         of_p = (loss_cotangent * block.mass + lse_cotangent) / (1 + block.rest)
         exponentials = jnp.exp(wide(logits) - shift)
         if shares and _is_wide(logits):
-            exponentials = _put_zeros(exponentials, left_out)
+            exponentials = _masses.without(exponentials, left_out)
         elsewhere = of_p[..., None] * (scale * exponentials) - loss_cotangent[..., None] * background
         elsewhere = elsewhere.astype(logits.dtype)
     return _masses.put_at(elsewhere, targets.indices, at_indices)
@@ -308,14 +308,14 @@ def _lifted_rest(logits: jax.Array, m: jax.Array, left_out: jax.Array | None) ->
         them, and the precision of 1 + rest elsewhere. None is all classes.
     """
     z = wide(logits)
-    top, (shift, scale) = _top(m), _shift_and_scale(m, z.shape[-1])
+    top, (shift, scale) = _top(m), _shift_and_scale(m)
     if left_out is None:
         others = _masses.over_classes(jnp.where(z < top, jnp.exp(z - shift), 0))
         maxima = jnp.sum(z == top, axis=-1, dtype=z.dtype)
     else:
         apart, counts = _masses.at_classes(z, left_out), ~_masses.is_repeated(left_out)
         others = jnp.where(counts & (apart < top), jnp.exp(apart - shift), 0).sum(-1)
-        others += _masses.over_classes(_put_zeros(jnp.exp(z - shift), left_out))
+        others += _masses.over_classes(_masses.without(jnp.exp(z - shift), left_out))
         maxima = jnp.sum(counts & (apart == top), axis=-1, dtype=z.dtype)
     return jnp.maximum((_LIFT * scale[..., 0]) * others + _LIFT * (maxima - 1), 0)
 
@@ -323,7 +323,7 @@ def _lifted_rest(logits: jax.Array, m: jax.Array, left_out: jax.Array | None) ->
 @_lifted_rest.defjvp
 def _lifted_rest_jvp(primals, tangents):
     (logits, m, left_out), (tangent, *_) = primals, tangents
-    shift, scale = _shift_and_scale(m, logits.shape[-1])
+    shift, scale = _shift_and_scale(m)
     exponentials = scale * jnp.exp(wide(logits) - shift)
     change = _LIFT * jnp.sum(exponentials * wide(tangent), axis=-1)
     return _lifted_rest(logits, m, left_out), change
@@ -348,29 +348,24 @@ def _top(m: jax.Array) -> jax.Array:
     return jnp.where(m == -jnp.inf, 0, m)[..., None]
 
 
-def _shift_and_scale(m: jax.Array, num_classes: int) -> tuple[jax.Array, jax.Array]:
+def _shift_and_scale(m: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Returns (shift, scale), both [..., 1]: exp(z − m) = scale · exp(z − shift).
 
     Rounding z − m is an error of half an ulp of |z − m|, and so a relative error of exp: 4e-6 at 80
-    in float32. The shift is 0 unless m is too large for a sum of V exponentials, or so small that
-    they would underflow; then it is a whole number, as small as will do. With |shift| ≤ |z| nothing
-    is rounded: z − shift is a multiple of an ulp of z and no larger than z. Elsewhere it is small,
-    at most 16 down to exp(−80), and its rounding at most half an ulp of 16, 5e-7.
+    in float32. So the shift is 0, and nothing rounded, unless m leaves the range from _LOW to
+    _HIGH; then it is how far m does, in whole numbers. Where |shift| ≤ |z|, that rounds nothing
+    either: z − shift is a multiple of an ulp of z, and no larger. Elsewhere |z − shift| < 16, down
+    to the last z that makes a difference, and so half an ulp of it is at most 5e-7.
     """
     top = jax.lax.stop_gradient(_top(m))
-    high = math.floor(math.log(jnp.finfo(m.dtype).max) - math.log(max(1, num_classes)) - 2)
-    whole = jnp.trunc(top)
-    near = jnp.abs(whole) < 2**22  # Farther out whole − high would be rounded.
-    shift = jnp.where(near, whole - jnp.clip(whole, _LOW, high), whole)
+    level = jnp.round(top)
+    near = jnp.abs(level) < 2**22  # Farther out level − 72 would be rounded.
+    shift = jnp.where(near, level - jnp.clip(level, _LOW, _HIGH), level)
     d = top - shift
     e = top - (d + shift)  # The rounding of d, exactly: exp(−d − e) = exp(−d) · (1 − e).
     return shift, jnp.exp(-d) * (1 - e)
 
 
-# Below the maximum there is then room for exp(−80), and exp(−94) beside it.
-_LOW = 7
-
-
-def _put_zeros(x: jax.Array, classes: jax.Array) -> jax.Array:
-    """Returns x [..., V] with 0 for some classes [..., K]."""
-    return _masses.put_at(x, classes, jnp.zeros(classes.shape, x.dtype))
+# Above _HIGH, float32 has room for the sum of 6 million exponentials. Below _LOW, it has room for
+# an exp(−94) beside the largest, to add to an exp(−80).
+_LOW, _HIGH = 7, 72

@@ -151,9 +151,15 @@ def put_at(x: jax.Array, indices: jax.Array, values: jax.Array) -> jax.Array:
     """
     if indices.shape[-1] > _FEW:
         return _scattered(x, indices, values)
-    if x.size < _SMALL or x.dtype.itemsize < 4:  # It would convert all of a bfloat16 x.
+    if x.dtype.itemsize < 4:  # XLA's CPU backend would convert all of it.
         return _chosen(x, indices, values)
     return on_one_cpu(_scattered, _chosen)(x, indices, values)
+
+
+def without(x: jax.Array, indices: jax.Array) -> jax.Array:
+    """Returns x [..., V] with x[..., indices_k] = 0."""
+    zeros = jnp.zeros(indices.shape, x.dtype)
+    return _chosen(x, indices, zeros) if x.size < _SMALL else put_at(x, indices, zeros)
 
 
 def _chosen(x, indices, values):
@@ -170,7 +176,7 @@ def _scattered(x, indices, values):
     return x.at[rows_and(indices)].set(values, mode="drop", unique_indices=True)
 
 
-# Up to so many classes, or elements of x, a choice costs less than a scatter.
+# Up to so many classes a choice costs less than a scatter, and up to such a size of x zeros do.
 _FEW, _SMALL = 4, 2**14
 
 
