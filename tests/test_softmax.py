@@ -8,59 +8,28 @@ import numpy as np
 import optax
 import pytest
 from cases import (
+    INF,
+    assert_exact,
     exact_softmax_cross_entropy,
+    loss_and_gradient,
     plain_softmax_cross_entropy,
     relative_error,
+    rows_with_margins,
     target_forms,
 )
 
 import xentjax
 
-INF = np.inf
-
-
-def _loss_and_gradient(logits, targets, **kwargs):
-    def loss(z):
-        losses = xentjax.softmax_cross_entropy(z, targets, **kwargs)
-        return losses.sum(), losses
-
-    (_, losses), gradient = jax.value_and_grad(loss, has_aux=True)(jnp.asarray(logits))
-    return losses, gradient
-
-
-def _rows_with_margins(num_classes, margins, seed=0):
-    """Rows whose label stands `margin` above the largest of the other logits."""
-    rng = np.random.default_rng(seed)
-    logits = rng.normal(size=(len(margins), num_classes)) * 2
-    labels = rng.integers(0, num_classes, len(margins))
-    rows = np.arange(len(margins))
-    logits[rows, labels] = -INF
-    logits[rows, labels] = logits.max(-1) + margins
-    return logits.astype(np.float32), labels
-
-
-def _assert_exact(logits, labels):
-    """Eight float32 ulps, 8 · 2⁻²³ ≈ 1e-6, for each loss and each entry of the gradient."""
-    losses, gradient = _loss_and_gradient(logits, labels)
-    one_hot = np.eye(logits.shape[-1])[labels]
-    for row, z in enumerate(logits):
-        loss, entries = exact_softmax_cross_entropy(z, one_hot[row])
-        assert relative_error(losses[row], [loss]) <= 1e-6
-        normal = [v for v, e in enumerate(entries) if abs(e) >= np.finfo(np.float32).tiny]
-        assert relative_error(gradient[row, normal], [entries[v] for v in normal]) <= 1e-6
-        below = np.delete(np.asarray(gradient[row]), normal)
-        assert np.all(np.abs(below) < np.finfo(np.float32).tiny)
-
 
 @pytest.mark.parametrize("num_classes", [2, 10, 300])
 def test_exact_from_margin_minus_80_to_80(num_classes):
-    _assert_exact(*_rows_with_margins(num_classes, np.linspace(-80, 80, 65)))
+    assert_exact(*rows_with_margins(num_classes, np.linspace(-80, 80, 65)))
 
 
 def test_exact_over_a_large_vocabulary():
     # The sum itself must not lose digits: 50257 terms in one float32 accumulator do.
-    logits, labels = _rows_with_margins(50257, np.array([-10.0, 0.0, 12.0]))
-    losses, gradient = _loss_and_gradient(logits, labels)
+    logits, labels = rows_with_margins(50257, np.array([-10.0, 0.0, 12.0]))
+    losses, gradient = loss_and_gradient(logits, labels)
     z = logits.astype(np.float64)
     u = z - z.max(-1, keepdims=True)
     p = np.exp(u) / np.exp(u).sum(-1, keepdims=True)
@@ -79,7 +48,7 @@ def test_every_target_form_is_exact(form):
     logits = np.random.default_rng(2).normal(size=(8, 6)).astype(np.float32) * 4
     logits[:4, 2] += 30  # Confident.
     masses = np.asarray(xentjax.dense_targets(targets, 6))
-    losses, gradient = _loss_and_gradient(logits, targets)
+    losses, gradient = loss_and_gradient(logits, targets)
     for row, z in enumerate(logits):
         loss, entries = exact_softmax_cross_entropy(z, masses[row])
         # The masses themselves are rounded to float32: a few more ulps.
@@ -92,26 +61,26 @@ def test_every_target_form_is_exact(form):
 
 @pytest.mark.parametrize("offset", [300.0, -1e5, 2.0**21, -(2.0**22), 2.0**28, 1e30, -3.4e38])
 def test_exact_however_far_from_zero_all_logits_are(offset):
-    logits, labels = _rows_with_margins(10, np.array([-60.0, -5.0, 0.0, 20.0, 60.0]))
+    logits, labels = rows_with_margins(10, np.array([-60.0, -5.0, 0.0, 20.0, 60.0]))
     logits = (logits + np.float32(offset)).astype(np.float32)
     logits[:, 7] = -np.finfo(np.float32).max  # As masks are often made.
-    _assert_exact(logits, labels)
+    assert_exact(logits, labels)
 
 
 def test_one_hot_is_exact_as_labels_are():
-    logits, labels = _rows_with_margins(5, np.array([15.0, 30.0, 60.0]))
+    logits, labels = rows_with_margins(5, np.array([15.0, 30.0, 60.0]))
     one_hot = jax.nn.one_hot(labels, 5)
     sparse = xentjax.mix_targets(labels, labels, 0.25)
-    desired = _loss_and_gradient(logits, labels)
+    desired = loss_and_gradient(logits, labels)
     for targets in (one_hot, sparse):
-        for actual, exact in zip(_loss_and_gradient(logits, targets), desired, strict=True):
+        for actual, exact in zip(loss_and_gradient(logits, targets), desired, strict=True):
             np.testing.assert_allclose(actual, exact, rtol=3e-7)
 
 
 def test_the_naive_formula_cancels_where_ours_does_not():
     logits, label = jnp.array([20.0, 5.0]), jnp.array(0)
     assert jax.nn.logsumexp(logits) - logits[label] == 0
-    loss, gradient = _loss_and_gradient(logits, label)
+    loss, gradient = loss_and_gradient(logits, label)
     np.testing.assert_allclose(loss, np.log1p(np.exp(-15.0)), rtol=3e-7)
     np.testing.assert_allclose(gradient, np.array([-1, 1]) / (1 + np.exp(15.0)), rtol=3e-7)
 
@@ -128,10 +97,10 @@ def test_a_targets_gradient_is_lse_minus_logit():
 def test_low_precision_is_as_good_as_its_inputs(dtype, form):
     targets = target_forms(16, 50)[form]
     logits = jnp.asarray(np.random.default_rng(3).normal(size=(16, 50)) * 5, dtype)
-    losses, gradient = _loss_and_gradient(logits, targets)
+    losses, gradient = loss_and_gradient(logits, targets)
     assert losses.dtype == jnp.float32
     assert gradient.dtype == dtype
-    exact_losses, exact_gradient = _loss_and_gradient(logits.astype(jnp.float32), targets)
+    exact_losses, exact_gradient = loss_and_gradient(logits.astype(jnp.float32), targets)
     np.testing.assert_array_equal(losses, exact_losses)  # Computed in float32 either way.
     np.testing.assert_array_equal(gradient, exact_gradient.astype(dtype))  # Rounded once.
     naive = plain_softmax_cross_entropy(logits, targets)
@@ -158,16 +127,16 @@ def test_low_precision_is_as_good_as_its_inputs(dtype, form):
 def test_limits(logits, targets, loss, gradient):
     logits = jnp.asarray([logits, logits], jnp.float32)
     targets = jnp.asarray([targets, targets])
-    actual = _loss_and_gradient(logits, targets)
+    actual = loss_and_gradient(logits, targets)
     np.testing.assert_allclose(actual[0], [loss] * 2, rtol=1e-6)
     np.testing.assert_allclose(actual[1], [gradient] * 2, rtol=1e-6, atol=1e-7)
-    actual = _loss_and_gradient(logits, targets, where=jnp.array([False, False]))
+    actual = loss_and_gradient(logits, targets, where=jnp.array([False, False]))
     np.testing.assert_array_equal(actual[0], np.zeros(2))
     np.testing.assert_array_equal(actual[1], np.zeros_like(logits))
 
 
 def test_a_label_out_of_range_spoils_its_own_row_only():
-    losses, gradient = _loss_and_gradient(np.zeros((3, 4), np.float32), np.array([0, 4, 1]))
+    losses, gradient = loss_and_gradient(np.zeros((3, 4), np.float32), np.array([0, 4, 1]))
     np.testing.assert_array_equal(np.isnan(losses), [False, True, False])
     np.testing.assert_array_equal(np.isnan(gradient).all(-1), [False, True, False])
     np.testing.assert_array_equal(np.isnan(gradient).any(-1), [False, True, False])
@@ -192,14 +161,14 @@ def test_int64_labels_do_not_wrap_into_range():
 @pytest.mark.parametrize("shape", [(0, 3), (2, 0, 3)])
 def test_empty_batch(shape):
     logits = jnp.zeros(shape)
-    losses, gradient = _loss_and_gradient(logits, jnp.zeros(shape[:-1], jnp.int32))
+    losses, gradient = loss_and_gradient(logits, jnp.zeros(shape[:-1], jnp.int32))
     assert losses.shape == shape[:-1]
     assert gradient.shape == shape
 
 
 def test_no_target_mass():
     empty = xentjax.SparseTargets(jnp.zeros((2, 0), jnp.int32), jnp.zeros((2, 0)))
-    for array in _loss_and_gradient(jnp.ones((2, 3)), empty):
+    for array in loss_and_gradient(jnp.ones((2, 3)), empty):
         np.testing.assert_array_equal(array, jnp.zeros_like(array))
 
 
@@ -207,8 +176,8 @@ def test_class_mask_is_a_smaller_problem():
     rng = np.random.default_rng(4)
     logits, keep = rng.normal(size=(2, 6)).astype(np.float32), np.array([1, 0, 1, 1, 0, 1], bool)
     where = jnp.broadcast_to(jnp.asarray(keep), logits.shape)
-    losses, gradient = _loss_and_gradient(logits, jnp.array([2, 5]), where=where)
-    small_losses, small_gradient = _loss_and_gradient(logits[:, keep], jnp.array([1, 3]))
+    losses, gradient = loss_and_gradient(logits, jnp.array([2, 5]), where=where)
+    small_losses, small_gradient = loss_and_gradient(logits[:, keep], jnp.array([1, 3]))
     np.testing.assert_allclose(losses, small_losses, rtol=3e-7)
     np.testing.assert_allclose(gradient[:, keep], small_gradient, rtol=3e-7)
     np.testing.assert_array_equal(gradient[:, ~keep], 0)
@@ -238,7 +207,7 @@ def test_axes_agree_with_optax(axis, kind):
         np.testing.assert_allclose(masked, safe, rtol=3e-6)
         targets = rng.random(logits.shape).astype(np.float32)
         desired = optax.softmax_cross_entropy(logits, targets, axis)
-    actual, gradient = _loss_and_gradient(logits, targets, axis=axis)
+    actual, gradient = loss_and_gradient(logits, targets, axis=axis)
     np.testing.assert_allclose(actual, desired, rtol=3e-6)
     assert gradient.shape == logits.shape
     np.testing.assert_allclose(gradient.sum(axes), 0, atol=2e-5)

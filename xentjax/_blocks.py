@@ -277,7 +277,9 @@ def logits_cotangent(
         exponentials = jnp.exp(wide(logits) - shift)
         if shares and _is_wide(logits):
             exponentials = _masses.without(exponentials, left_out)
-        elsewhere = of_p[..., None] * (scale * exponentials) - loss_cotangent[..., None] * background
+        elsewhere = (
+            of_p[..., None] * (scale * exponentials) - loss_cotangent[..., None] * background
+        )
         elsewhere = elsewhere.astype(logits.dtype)
     return _masses.put_at(elsewhere, targets.indices, at_indices)
 
@@ -315,7 +317,7 @@ def _lifted_rest(logits: jax.Array, m: jax.Array, left_out: jax.Array | None) ->
     else:
         apart, counts = _masses.at_classes(z, left_out), ~_masses.is_repeated(left_out)
         others = jnp.where(counts & (apart < top), jnp.exp(apart - shift), 0).sum(-1)
-        others += _masses.over_classes(_masses.without(jnp.exp(z - shift), left_out))
+        others += _sum_in_memory(_masses.without(jnp.exp(z - shift), left_out))
         maxima = jnp.sum(counts & (apart == top), axis=-1, dtype=z.dtype)
     return jnp.maximum((_LIFT * scale[..., 0]) * others + _LIFT * (maxima - 1), 0)
 
@@ -327,6 +329,21 @@ def _lifted_rest_jvp(primals, tangents):
     exponentials = scale * jnp.exp(wide(logits) - shift)
     change = _LIFT * jnp.sum(exponentials * wide(tangent), axis=-1)
     return _lifted_rest(logits, m, left_out), change
+
+
+def _sum_in_memory(x: jax.Array) -> jax.Array:
+    """Returns the sum over all classes of an x [..., V] that is in memory anyway.
+
+    XLA's CPU backend reads a large x up to twice as fast in a product with ones.
+    """
+
+    def product(x):
+        ones = jnp.ones(x.shape[-1], x.dtype)
+        return jnp.matmul(x, ones, precision=jax.lax.Precision.HIGHEST)
+
+    if x.size < _LARGE:
+        return _masses.over_classes(x)
+    return on_one_cpu(product, _masses.over_classes)(x)
 
 
 def wide_dtype(*dtypes: jax.typing.DTypeLike) -> jnp.dtype:

@@ -1,0 +1,105 @@
+"""What is done on one CPU alone: loops over rows, scattered values, sums as products."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import (
+    assert_exact,
+    assert_modes_agree,
+    floating_leaves,
+    loss_and_gradient,
+    plain_softmax_cross_entropy,
+    rows_with_margins,
+    target_forms,
+)
+
+import xentjax
+from xentjax import _blocks, _masses
+from xentjax._platform import on_one_cpu
+
+
+@pytest.fixture
+def one_cpu(monkeypatch):
+    """One device, on which arrays of these tests are large."""
+    monkeypatch.setattr(jax, "device_count", lambda *_: 1)
+    monkeypatch.setattr(_blocks, "_CACHED", 64)  # A few rows in a chunk, and a last one of fewer.
+    monkeypatch.setattr(_blocks, "_LARGE", 64)
+    monkeypatch.setattr(_masses, "_SMALL", 16)
+    jax.clear_caches()  # What has been traced for eight devices.
+    yield
+    jax.clear_caches()
+
+
+@pytest.mark.usefixtures("one_cpu")
+@pytest.mark.parametrize("num_classes", [2, 10, 300])
+def test_exact_from_margin_minus_80_to_80(num_classes):
+    assert_exact(*rows_with_margins(num_classes, np.linspace(-80, 80, 65)))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("form", target_forms(1, 2))
+def test_it_answers_what_any_device_does(form, dtype, request):
+    targets = target_forms(21, 12)[form]
+    logits = jnp.asarray(np.random.default_rng(0).normal(size=(21, 12)) * 8, dtype)
+    losses, gradient = loss_and_gradient(logits, targets)
+    request.getfixturevalue("one_cpu")
+    alone = loss_and_gradient(logits, targets)
+    # Sums in another order; an entry T · p − t may cancel, and is then small beside T.
+    np.testing.assert_allclose(alone[0], losses, rtol=1e-6)
+    rounding = 1e-6 if dtype == jnp.float32 else float(jnp.finfo(dtype).eps)
+    np.testing.assert_allclose(
+        np.asarray(alone[1], np.float32), np.asarray(gradient, np.float32), rtol=rounding, atol=1e-6
+    )
+
+
+FEW_MODES = ("value", "jit(grad)", "linearize", "hessian", "jvp(value_and_grad)", "grad(scan)")
+
+
+@pytest.mark.usefixtures("one_cpu")
+@pytest.mark.parametrize("form", ["labels", "mixed", "two backgrounds"])
+def test_every_mode_to_every_float_argument(form):
+    with jax.enable_x64(True):
+        floats, rebuild = floating_leaves(target_forms(9, 8)[form])
+        logits = jnp.asarray(np.random.default_rng(1).normal(size=(9, 8)) * 3)
+
+        def scalar(function):
+            return lambda z, *floats: jnp.sum(function(z, rebuild(floats)) ** 2)
+
+        ours, plain = xentjax.softmax_cross_entropy, plain_softmax_cross_entropy
+        assert_modes_agree(FEW_MODES, scalar(ours), scalar(plain), (logits, *floats))
+
+
+@pytest.mark.usefixtures("one_cpu")
+def test_vmap_is_the_loop():
+    labels = jnp.asarray(np.random.default_rng(2).integers(0, 20, (3, 11)))
+    logits = jnp.asarray(np.random.default_rng(3).normal(size=(3, 11, 20)), jnp.float32)
+    mapped = jax.vmap(loss_and_gradient)(logits, labels)
+    for i in range(3):
+        for many, one in zip(mapped, loss_and_gradient(logits[i], labels[i]), strict=True):
+            np.testing.assert_allclose(many[i], one, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.usefixtures("one_cpu")
+def test_it_exports_to_every_platform():
+    platforms = ("cpu", "cuda", "tpu", "rocm")
+    args = jnp.ones((21, 12)), xentjax.smooth_labels(jnp.arange(21) % 12, 0.1)
+    step = jax.jit(loss_and_gradient)
+    exported = jax.export.export(step, platforms=platforms)(*args)
+    assert exported.platforms == platforms
+    jax.tree.map(np.testing.assert_array_equal, exported.call(*args), step(*args))
+
+
+def test_elsewhere_it_is_the_default(monkeypatch):
+    def add(x):
+        return x + 1
+
+    assert on_one_cpu(jnp.negative, add)(1) == 2  # Of eight devices.
+    monkeypatch.setattr(jax, "device_count", lambda *_: 1)
+    assert on_one_cpu(jnp.negative, add)(1) == -1
+
+    def no_cpu(*_):
+        raise RuntimeError("Unknown backend cpu")
+
+    monkeypatch.setattr(jax, "device_count", no_cpu)
+    assert on_one_cpu(jnp.negative, add)(1) == 2
