@@ -15,7 +15,7 @@ from cases import (
 )
 
 import xentjax
-from xentjax import _blocks, _masses
+from xentjax import _masses, _rows
 from xentjax._platform import on_one_cpu
 
 
@@ -23,8 +23,8 @@ from xentjax._platform import on_one_cpu
 def one_cpu(monkeypatch):
     """One device, on which arrays of these tests are large."""
     monkeypatch.setattr(jax, "device_count", lambda *_: 1)
-    monkeypatch.setattr(_blocks, "_CACHED", 64)  # A few rows in a chunk, and a last one of fewer.
-    monkeypatch.setattr(_blocks, "_LARGE", 64)
+    monkeypatch.setattr(_rows, "CACHED", 64)  # A few rows in a chunk, and a last one of fewer.
+    monkeypatch.setattr(_rows, "LARGE", 64)
     monkeypatch.setattr(_masses, "_SMALL", 16)
     jax.clear_caches()  # What has been traced for eight devices.
     yield
@@ -35,6 +35,17 @@ def one_cpu(monkeypatch):
 @pytest.mark.parametrize("num_classes", [2, 10, 300])
 def test_exact_from_margin_minus_80_to_80(num_classes):
     assert_exact(*rows_with_margins(num_classes, np.linspace(-80, 80, 65)))
+
+
+@pytest.mark.parametrize("form", ["labels", "smoothed"])
+def test_a_long_sum_loses_no_digits(form, monkeypatch):
+    # Each addend rounded the same way is the worst that can happen to a sum: 50257 · exp(0.1).
+    monkeypatch.setattr(jax, "device_count", lambda *_: 1)
+    targets = target_forms(200, 50257)[form]
+    losses, gradient = loss_and_gradient(np.full((200, 50257), 0.1, np.float32), targets)
+    np.testing.assert_allclose(losses, np.log(50257), rtol=3e-7)
+    desired = 1 / 50257 - np.asarray(xentjax.dense_targets(targets, 50257), np.float64)
+    np.testing.assert_allclose(gradient, desired, rtol=1e-6, atol=1e-11)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])

@@ -21,14 +21,13 @@ cancel to nothing.
 """
 
 import functools
-import math
 from collections.abc import Callable, Hashable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from xentjax import _masses
+from xentjax import _masses, _rows
 from xentjax._platform import on_one_cpu
 from xentjax._targets import SparseTargets
 
@@ -91,75 +90,14 @@ def block_of(logits: jax.Array, targets: jax.Array | SparseTargets, shares: bool
         where it can: they become the cotangent in place.
     """
     left_out = _left_out(targets)
-    if logits.size < (_CACHED if left_out is None else _LARGE):
+    if logits.size < (_rows.CACHED if left_out is None else _rows.LARGE):
         return _plain_block_of(logits, targets)
     if left_out is None or not (shares and _is_wide(logits)):
-        return on_one_cpu(_by_rows(_plain_block_of), _plain_block_of)(logits, targets)
+        return on_one_cpu(_rows.by_rows(_plain_block_of), _plain_block_of)(logits, targets)
     max_and_sums = _max_and_target_sums
     if _masses.has_background(targets):
-        max_and_sums = on_one_cpu(_by_rows(max_and_sums), max_and_sums)
+        max_and_sums = on_one_cpu(_rows.by_rows(max_and_sums), max_and_sums)
     return _with_rest(logits, targets, *max_and_sums(logits, targets))
-
-
-def _by_rows(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Returns `function` of (logits, targets) as a loop over a few rows at a time.
-
-    It returns arrays [...] of the dtype of the arithmetic.
-    """
-
-    def over_rows(logits, targets):
-        batch, num_classes = logits.shape[:-1], logits.shape[-1]
-        size = math.prod(batch)
-        rows = max(1, min(size, _CACHED // num_classes))
-        logits = logits.reshape(size, num_classes)
-        flat_targets = _masses.flattened(targets)
-
-        def of_rows(first):
-            z = slice_unconverted(logits, first, rows, 0)
-            return function(z, _masses.rows_of(flat_targets, first, rows))
-
-        def step(i, out):
-            # A last step that would reach past the end starts early, and repeats some rows.
-            first = jnp.minimum(i * rows, size - rows)
-            return jax.tree.map(
-                lambda x, part: jax.lax.dynamic_update_slice_in_dim(x, part, first, 0),
-                out,
-                of_rows(first),
-            )
-
-        # Zeros of the logits vary over the same mesh axes as they do.
-        zeros = jnp.zeros_like(logits[:, 0], wide_dtype(logits.dtype))
-        out = jax.tree.map(lambda _: zeros, jax.eval_shape(of_rows, 0))
-        out = jax.lax.fori_loop(0, -(-size // rows), step, out)
-        return jax.tree.map(lambda x: x.reshape(batch), out)
-
-    return over_rows
-
-
-# 2¹⁸ float32 logits are 1 MiB, a core's second-level cache. A loop gains from there on if targets
-# are on all classes, which makes several such arrays, and else from where the last cache, some
-# 32 MiB, ends.
-_CACHED, _LARGE = 2**18, 2**23
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
-def slice_unconverted(x: jax.Array, start: jax.typing.ArrayLike, size: int, axis: int) -> jax.Array:
-    """Returns [start, start + size) of an axis of x, for a loop that slices nothing else of x.
-
-    It slices bits, not numbers: XLA's CPU backend computes in float32, and would convert all of a
-    bfloat16 x before the loop, but a conversion of numbers cannot be moved past this.
-    """
-    x, start = jax.lax.optimization_barrier((x, start))
-    bits = jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}")
-    bits = jax.lax.dynamic_slice_in_dim(bits, start, size, axis)
-    return jax.lax.bitcast_convert_type(bits, x.dtype)
-
-
-@slice_unconverted.defjvp
-def _slice_jvp(size, axis, primals, tangents):
-    (x, start), (tangent, _) = primals, tangents
-    change = jax.lax.dynamic_slice_in_dim(tangent, start, size, axis)
-    return slice_unconverted(x, start, size, axis), change
 
 
 def _plain_block_of(logits, targets):
@@ -317,7 +255,7 @@ def _lifted_rest(logits: jax.Array, m: jax.Array, left_out: jax.Array | None) ->
     else:
         apart, counts = _masses.at_classes(z, left_out), ~_masses.is_repeated(left_out)
         others = jnp.where(counts & (apart < top), jnp.exp(apart - shift), 0).sum(-1)
-        others += _sum_in_memory(_masses.without(jnp.exp(z - shift), left_out))
+        others += _masses.over_classes(_masses.without(jnp.exp(z - shift), left_out))
         maxima = jnp.sum(counts & (apart == top), axis=-1, dtype=z.dtype)
     return jnp.maximum((_LIFT * scale[..., 0]) * others + _LIFT * (maxima - 1), 0)
 
@@ -329,21 +267,6 @@ def _lifted_rest_jvp(primals, tangents):
     exponentials = scale * jnp.exp(wide(logits) - shift)
     change = _LIFT * jnp.sum(exponentials * wide(tangent), axis=-1)
     return _lifted_rest(logits, m, left_out), change
-
-
-def _sum_in_memory(x: jax.Array) -> jax.Array:
-    """Returns the sum over all classes of an x [..., V] that is in memory anyway.
-
-    XLA's CPU backend reads a large x up to twice as fast in a product with ones.
-    """
-
-    def product(x):
-        ones = jnp.ones(x.shape[-1], x.dtype)
-        return jnp.matmul(x, ones, precision=jax.lax.Precision.HIGHEST)
-
-    if x.size < _LARGE:
-        return _masses.over_classes(x)
-    return on_one_cpu(product, _masses.over_classes)(x)
 
 
 def wide_dtype(*dtypes: jax.typing.DTypeLike) -> jnp.dtype:

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from xentjax import _blocks, _masses, _mesh
+from xentjax import _blocks, _masses, _mesh, _rows
 from xentjax._blocks import Block, wide_dtype
 from xentjax._custom_vjp import custom_vjp
 from xentjax._targets import SparseTargets
@@ -341,7 +341,7 @@ def _params_of_classes(head, params, start, size):
     """Returns the params of classes [start, start + size)."""
     kernel, bias = params.kernel, params.bias
     if size < kernel.shape[head.class_axis]:
-        kernel = _blocks.slice_unconverted(kernel, start, size, head.class_axis)
+        kernel = _rows.slice_unconverted(kernel, start, size, head.class_axis)
         bias = bias if bias is None else jax.lax.dynamic_slice_in_dim(bias, start, size, 0)
     return Params(kernel, bias, params.constants)
 

@@ -151,7 +151,7 @@ def put_at(x: jax.Array, indices: jax.Array, values: jax.Array) -> jax.Array:
     """
     if indices.shape[-1] > _FEW:
         return _scattered(x, indices, values)
-    if x.dtype.itemsize < 4:  # XLA's CPU backend would convert all of it.
+    if x.dtype.itemsize < 4 and x.size >= _SMALL:  # XLA's CPU backend would convert all of it.
         return _chosen(x, indices, values)
     return on_one_cpu(_scattered, _chosen)(x, indices, values)
 
