@@ -1,4 +1,4 @@
-"""What is done on one CPU alone: loops over rows, scattered values, sums as products."""
+"""What is done on one CPU alone: loops over rows, and scattered values."""
 
 import jax
 import jax.numpy as jnp

@@ -299,10 +299,12 @@ def _shift_and_scale(m: jax.Array) -> tuple[jax.Array, jax.Array]:
     """
     top = jax.lax.stop_gradient(_top(m))
     level = jnp.round(top)
-    near = jnp.abs(level) < 2**22  # Farther out level − 72 would be rounded.
+    near = jnp.abs(level) < 2**22  # Farther out level − _HIGH would be rounded.
     shift = jnp.where(near, level - jnp.clip(level, _LOW, _HIGH), level)
     d = top - shift
-    e = top - (d + shift)  # The rounding of d, exactly: exp(−d − e) = exp(−d) · (1 − e).
+    # The rounding of d, exactly: exp(−d − e) = exp(−d) · (1 − e). (Of a second exponential in its
+    # place XLA would make one of the sum, and round that.)
+    e = top - (d + shift)
     return shift, jnp.exp(-d) * (1 - e)
 
 

@@ -12,8 +12,8 @@ def on_one_cpu(function: Callable[..., Any], default: Callable[..., Any]) -> Cal
     XLA's CPU backend wants memory to be read a few rows at a time, and loops that are simple. Other
     compilers want what they can fuse, and arrays that are split over devices must not be sliced.
 
-    Both give the same, and the derivative of either is that of `default`: JAX before 0.12 forgets
-    the derivative rules of what is in a loop when it differentiates it a second time.
+    Both give the same, and the derivative of either is that of `default`: JAX 0.10 forgets the
+    derivative rules of what is in a loop when it differentiates it a second time.
     """
     try:
         alone = jax.device_count("cpu") == 1
