@@ -1,6 +1,7 @@
 """What the tests share: target forms, differentiation modes, and the plain formulas beside them."""
 
 import functools
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -16,30 +17,59 @@ INF = np.inf
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
-def target_forms(batch: int, num_classes: int, seed: int = 0) -> dict[str, xentjax.Targets]:
+class Forms(Mapping):
+    """Targets by the name of their form, each made when it is asked for."""
+
+    def __init__(self, makers):
+        self._makers = makers
+
+    def __getitem__(self, name):
+        return self._makers[name]()
+
+    def __iter__(self):
+        return iter(self._makers)
+
+    def __len__(self):
+        return len(self._makers)
+
+
+def target_forms(batch: int, num_classes: int, seed: int = 0) -> Forms:
     """Returns a target of every form, and of the forms that smoothing and mixing make."""
     rng = np.random.default_rng(seed)
     labels = jnp.asarray(rng.integers(0, num_classes, batch))
-    prior = jnp.asarray(rng.dirichlet(np.ones(num_classes)))
-    teacher = xentjax.SparseTargets(
-        jnp.asarray(rng.integers(0, num_classes, (batch, 7))),  # Classes repeat.
-        jnp.asarray(rng.random((batch, 7))),
-        jnp.asarray(rng.random(batch)),
+    prior = rng.dirichlet(np.ones(num_classes))
+
+    def smoothed():
+        return xentjax.smooth_labels(labels, 0.1)
+
+    def with_prior():
+        return xentjax.smooth_labels(labels, 0.2, background=jnp.asarray(prior))
+
+    def teacher():
+        return xentjax.SparseTargets(
+            jnp.asarray(rng.integers(0, num_classes, (batch, 7))),  # Classes repeat.
+            jnp.asarray(rng.random((batch, 7))),
+            jnp.asarray(rng.random(batch)),
+        )
+
+    def two_backgrounds():
+        return xentjax.mix_targets(smoothed(), with_prior(), jnp.asarray(rng.random(batch)))
+
+    def weighted():
+        return xentjax.reweight_targets(smoothed(), jnp.asarray(rng.random(num_classes) + 0.5))
+
+    return Forms(
+        {
+            "labels": lambda: labels,
+            "dense": lambda: jnp.asarray(2 * rng.dirichlet(np.ones(num_classes), batch)),
+            "smoothed": smoothed,
+            "prior": with_prior,
+            "mixed": lambda: xentjax.mix_targets(labels, labels[::-1], 0.3),
+            "two backgrounds": two_backgrounds,
+            "weighted": weighted,
+            "teacher": teacher,
+        }
     )
-    smoothed = xentjax.smooth_labels(labels, 0.1)
-    with_prior = xentjax.smooth_labels(labels, 0.2, background=prior)
-    return {
-        "labels": labels,
-        "dense": jnp.asarray(2 * rng.dirichlet(np.ones(num_classes), batch)),
-        "smoothed": smoothed,
-        "prior": with_prior,
-        "mixed": xentjax.mix_targets(labels, labels[::-1], 0.3),
-        "two backgrounds": xentjax.mix_targets(
-            smoothed, with_prior, jnp.asarray(rng.random(batch))
-        ),
-        "weighted": xentjax.reweight_targets(smoothed, jnp.asarray(rng.random(num_classes) + 0.5)),
-        "teacher": teacher,
-    }
 
 
 def plain_softmax_cross_entropy(logits, targets):
