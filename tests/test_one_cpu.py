@@ -1,4 +1,4 @@
-"""What is done on one CPU alone: loops over rows, and scattered values."""
+"""What is done on one CPU alone: loops over rows, chunks of classes, and scattered values."""
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ from cases import (
 )
 
 import xentjax
-from xentjax import _masses, _rows
+from xentjax import _masses, _rows, _sums
 from xentjax._platform import on_one_cpu
 
 
@@ -23,16 +23,25 @@ from xentjax._platform import on_one_cpu
 def one_cpu(monkeypatch):
     """One device, on which arrays of these tests are large."""
     monkeypatch.setattr(jax, "device_count", lambda *_: 1)
-    monkeypatch.setattr(_rows, "CACHED", 64)  # A few rows in a chunk, and a last one of fewer.
-    monkeypatch.setattr(_rows, "LARGE", 64)
+    monkeypatch.setattr(_rows, "CACHED", 64)  # A few rows at a time, and fewer in the end.
+    monkeypatch.setattr(_rows, "LARGE", 128)
     monkeypatch.setattr(_masses, "_SMALL", 16)
-    jax.clear_caches()  # What has been traced for eight devices.
+    monkeypatch.setattr(_sums, "_SMALL", 16)
+    monkeypatch.setattr(_sums, "_LONG", 4)
+    monkeypatch.setattr(_sums, "_LEAST", 3)  # So 12 classes are 4 chunks, and 11 leave a rest.
+
+    def clear_caches():  # Of what was traced for other devices and sizes.
+        _sums._even.cache_clear()
+        jax.clear_caches()
+
+    clear_caches()
     yield
-    jax.clear_caches()
+    monkeypatch.undo()
+    clear_caches()
 
 
 @pytest.mark.usefixtures("one_cpu")
-@pytest.mark.parametrize("num_classes", [2, 10, 300])
+@pytest.mark.parametrize("num_classes", [2, 11, 300])
 def test_exact_from_margin_minus_80_to_80(num_classes):
     assert_exact(*rows_with_margins(num_classes, np.linspace(-80, 80, 65)))
 
@@ -48,11 +57,11 @@ def test_a_long_sum_loses_no_digits(form, monkeypatch):
     np.testing.assert_allclose(gradient, desired, rtol=1e-6, atol=1e-11)
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize(("num_classes", "dtype"), [(12, jnp.float32), (11, jnp.bfloat16)])
 @pytest.mark.parametrize("form", target_forms(1, 2))
-def test_it_answers_what_any_device_does(form, dtype, request):
-    targets = target_forms(21, 12)[form]
-    logits = jnp.asarray(np.random.default_rng(0).normal(size=(21, 12)) * 8, dtype)
+def test_it_answers_what_any_device_does(form, num_classes, dtype, request):
+    targets = target_forms(21, num_classes)[form]
+    logits = jnp.asarray(np.random.default_rng(0).normal(size=(21, num_classes)) * 8, dtype)
     losses, gradient = loss_and_gradient(logits, targets)
     request.getfixturevalue("one_cpu")
     alone = loss_and_gradient(logits, targets)

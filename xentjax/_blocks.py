@@ -21,13 +21,14 @@ cancel to nothing.
 """
 
 import functools
+import math
 from collections.abc import Callable, Hashable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from xentjax import _masses, _rows
+from xentjax import _masses, _rows, _sums
 from xentjax._platform import on_one_cpu
 from xentjax._targets import SparseTargets
 
@@ -65,23 +66,39 @@ class Block(NamedTuple):
 
     def surprisal(self, logits: jax.Array) -> jax.Array:
         """Returns lse(z) − z_v, [..., V]."""
-        return (_top(self.m) - wide(logits)) + jnp.log1p(self.rest)[..., None]
+        return _surprisal(logits, *self._rows)
+
+    def expected_surprisal(
+        self, logits: jax.Array, targets: jax.Array | SparseTargets
+    ) -> jax.Array:
+        """Returns Σ_v t_v · (lse(z) − z_v), [...]; its derivative to targets is plain autodiff."""
+        return _masses.expectation(targets, logits, _surprisal, *self._rows)
+
+    @property
+    def _rows(self):
+        return _top(self.m), jnp.log1p(self.rest)[..., None]
+
+    @property
+    def top_p(self) -> jax.Array:
+        """The p of a class with the largest logit."""
+        return 1 / (1 + self.rest)
 
     def softmax(self, logits: jax.Array) -> jax.Array:
         """Returns p, [..., V]."""
         shift, scale = _shift_and_scale(self.m)
-        return (1 / (1 + self.rest))[..., None] * (scale * jnp.exp(wide(logits) - shift))
+        return self.top_p[..., None] * (scale * jnp.exp(wide(logits) - shift))
 
     def is_top(self, logits: jax.Array) -> jax.Array:
         """Returns whether p_v > 1/2, [..., V]: at most one largest logit has that."""
         return (wide(logits) == _top(self.m)) & (self.rest < 1)[..., None]
 
 
+def _surprisal(z, top, log_sum):
+    return (top - wide(z)) + log_sum
+
+
 def block_of(logits: jax.Array, targets: jax.Array | SparseTargets, shares: bool = False) -> Block:
     """Returns the Block of logits [..., V] under the target mass on those V classes.
-
-    XLA's CPU backend writes exp(z) to memory before it sums it. A few rows at a time that is its
-    cache, and the rest of memory is read once.
 
     Args:
       logits: [..., V].
@@ -89,52 +106,83 @@ def block_of(logits: jax.Array, targets: jax.Array | SparseTargets, shares: bool
       shares: Whether `logits_cotangent` of the same logits follows, and shares the exponentials
         where it can: they become the cotangent in place.
     """
-    left_out = _left_out(targets)
-    if logits.size < (_rows.CACHED if left_out is None else _rows.LARGE):
-        return _plain_block_of(logits, targets)
-    if left_out is None or not (shares and _is_wide(logits)):
-        return on_one_cpu(_rows.by_rows(_plain_block_of), _plain_block_of)(logits, targets)
-    max_and_sums = _max_and_target_sums
-    if _masses.has_background(targets):
-        max_and_sums = on_one_cpu(_rows.by_rows(max_and_sums), max_and_sums)
-    return _with_rest(logits, targets, *max_and_sums(logits, targets))
+    return _block_of(logits, targets, _left_out(logits, targets) if shares else None)
 
 
-def _plain_block_of(logits, targets):
-    return _with_rest(logits, targets, *_max_and_target_sums(logits, targets))
+def _block_of(logits, targets, left_out):
+    def in_pieces(function):
+        return function if _is_lean(logits, targets) else on_one_cpu(_by_rows(function), function)
+
+    if left_out is None:
+        return in_pieces(_block_at_once)(logits, targets)
+    m, *sums = in_pieces(_max_and_target_sums)(logits, targets)
+    return Block(m, _lifted_rest(logits, m, left_out), *sums)
 
 
-def _with_rest(logits, targets, m, *sums):
-    """Returns the Block of which all but the rest is known."""
-    return Block(m, _lifted_rest(logits, m, _left_out(targets)), *sums)
+def _block_at_once(logits, targets):
+    m, *sums = _max_and_target_sums(logits, targets)
+    return Block(m, _lifted_rest(logits, m, None), *sums)
 
 
-def _left_out(targets):
-    """Returns the K classes whose exponentials are kept apart, or None for those of largest z.
+def _is_lean(logits, targets):
+    """Returns whether XLA's CPU backend reduces logits and targets without a copy that matters."""
+    if logits.size <= _rows.CACHED:
+        return True
+    light = _is_light_elsewhere(targets) or logits.size < _rows.LARGE
+    return _is_wide(logits) and _sums.is_cut(logits) and light
 
-    Only where target mass may be near 1 does rest have to be exact if it is small, and K classes
-    are known beforehand.
+
+def _by_rows(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns `function` of (logits, targets) as a loop over a few rows at a time.
+
+    `function` returns arrays [...], each row's from that row alone.
     """
-    if not isinstance(targets, SparseTargets) or targets.background is not None:
-        return None
-    return targets.indices if targets.indices.shape[-1] else None
+
+    def over_rows(logits, targets):
+        batch, num_classes = logits.shape[:-1], logits.shape[-1]
+        size = math.prod(batch)
+        flat_logits = logits.reshape(size, num_classes)
+        flat_targets = _masses.flattened(targets)
+
+        def of_rows(first, count):
+            if count == size:
+                return function(flat_logits, flat_targets)
+            z = _rows.slice_unconverted(flat_logits, first, count, 0)
+            return function(z, _masses.rows_of(flat_targets, first, count))
+
+        out = _rows.in_pieces(of_rows, size, num_classes, flat_logits[:, 0])
+        return jax.tree.map(lambda x: x.reshape(batch), out)
+
+    return over_rows
 
 
 def _max_and_target_sums(logits, targets):
     """Returns m, mass, mass_below and excess."""
-    m = jnp.max(wide(jax.lax.stop_gradient(logits)), axis=-1)
+    m = wide(_sums.largest(jax.lax.stop_gradient(logits)))
     top = _top(m)
-    # The mean of [z < m] is this for one maximum; for several, p > 1/2 holds for no class, and
-    # mass_below is not used.
-    all_but_one = 1 - 1 / logits.shape[-1]
-    below_and_excess = _masses.expectations(
-        targets,
-        logits,
-        lambda z: (wide(z) < top).astype(m.dtype),
-        lambda z: top - wide(z),
-        means=(all_but_one, None),
+    return (
+        m,
+        _masses.total_mass(targets, logits.shape[-1]),
+        # Where several classes have z = m, p > 1/2 holds for none, and this is not used.
+        _masses.mass_below(targets, wide(logits), top),
+        _masses.expectation(targets, logits, lambda z, top: top - wide(z), top),
     )
-    return m, _masses.total_mass(targets, logits.shape[-1]), *below_and_excess
+
+
+def _left_out(logits, targets):
+    """Returns the classes left out of the sum of the exponentials that the cotangent shares.
+
+    They are the few that hold mass: where it may be near 1, rest has to be exact if it is small.
+    None: nothing is shared, and the largest logit is what is left out.
+    """
+    affordable = _is_wide(logits) or logits.size < _rows.LARGE
+    shared = logits.size > _rows.CACHED and affordable and _is_light_elsewhere(targets)
+    return targets.indices if shared and targets.indices.shape[-1] else None
+
+
+def _is_light_elsewhere(targets):
+    """Returns whether no class has mass near 1 but those of sparse targets' indices."""
+    return isinstance(targets, SparseTargets) and targets.background is None
 
 
 def merge(a: Block, b: Block) -> Block:
@@ -185,41 +233,66 @@ def logits_cotangent(
       lse_cotangent: [...].
       shares: Whether `block_of` of the same logits and targets made the block.
     """
-
-    def entries(z, t):
-        """The formula for the classes of logits z and mass t, both [..., J]."""
-        p = block.softmax(z)
-        # Where it is used: the value of rest / (1 + rest), and the derivative of 1 − p.
-        constant = jax.lax.stop_gradient
-        one_minus_p = constant(block.rest / (1 + block.rest))[..., None] - (p - constant(p))
-        error = jnp.where(
-            block.is_top(z),
-            block.mass_below[..., None] - block.mass[..., None] * one_minus_p,
-            block.mass[..., None] * p - t,
-        )
-        cotangent = loss_cotangent[..., None] * error + lse_cotangent[..., None] * p
-        return cotangent.astype(logits.dtype)
-
-    if not isinstance(targets, SparseTargets):
-        return entries(logits, targets)
+    cotangents = loss_cotangent, lse_cotangent
     num_classes = logits.shape[-1]
+    if not isinstance(targets, SparseTargets):
+        return _all_entries(block, logits, targets, *cotangents)
     background = _masses.background_over(targets, num_classes)
+    if not _is_light_elsewhere(targets):
+        background = jnp.broadcast_to(background, logits.shape)
+        elsewhere = _all_entries(block, logits, background, *cotangents)
+    else:
+        left_out = _left_out(logits, targets) if shares else None
+        elsewhere = _plain_entries(block, logits, background, *cotangents, left_out)
+        if left_out is None:  # What is shared is there in full precision, and scattered into.
+            elsewhere = elsewhere.astype(logits.dtype)
     picked = _masses.at_classes(logits, targets.indices)
-    at_indices = entries(picked, _masses.mass_at(targets, targets.indices, num_classes))
-    left_out = _left_out(targets)
-    if left_out is None:
-        elsewhere = entries(logits, background)
-    else:  # No mass is near 1 there.
-        shift, scale = _shift_and_scale(block.m)
-        of_p = (loss_cotangent * block.mass + lse_cotangent) / (1 + block.rest)
-        exponentials = jnp.exp(wide(logits) - shift)
-        if shares and _is_wide(logits):
-            exponentials = _masses.without(exponentials, left_out)
-        elsewhere = (
-            of_p[..., None] * (scale * exponentials) - loss_cotangent[..., None] * background
+    mass = _masses.mass_at(targets, targets.indices, num_classes)
+    at_indices = _entries(block, picked, mass, *cotangents).astype(elsewhere.dtype)
+    return _masses.put_at(elsewhere, targets.indices, at_indices).astype(logits.dtype)
+
+
+def _entries(block, z, t, loss_cotangent, lse_cotangent):
+    """Returns the cotangent of logits z [..., J] that hold mass t [..., J], be it near 1."""
+    p = block.softmax(z)
+    # Where it is used: the value of rest · p_top, and the derivative of 1 − p.
+    constant = jax.lax.stop_gradient
+    one_minus_p = constant(block.rest * block.top_p)[..., None] - (p - constant(p))
+    error = jnp.where(
+        block.is_top(z),
+        block.mass_below[..., None] - block.mass[..., None] * one_minus_p,
+        block.mass[..., None] * p - t,
+    )
+    return loss_cotangent[..., None] * error + lse_cotangent[..., None] * p
+
+
+def _plain_entries(block, logits, t, loss_cotangent, lse_cotangent, left_out=None):
+    """Returns the cotangent of logits [..., V], all right but where p and t are near 1."""
+    shift, scale = _shift_and_scale(block.m)
+    of_p = (loss_cotangent * block.mass + lse_cotangent) * block.top_p
+    exponentials = jnp.exp(wide(logits) - shift)
+    if left_out is not None:
+        exponentials = _masses.without(exponentials, left_out)
+    return of_p[..., None] * (scale * exponentials) - loss_cotangent[..., None] * t
+
+
+def _all_entries(block, logits, t, *cotangents):
+    """Returns the cotangent of logits [..., V]; mass near 1 may be on any of them."""
+
+    def all_compared(block, logits, t, *cotangents):
+        return _entries(block, logits, t, *cotangents).astype(logits.dtype)
+
+    def one_replaced(block, logits, t, *cotangents):
+        top = _sums.argmax(logits)[..., None]
+        values = all_compared(
+            block, _masses.at_classes(logits, top), _masses.at_classes(t, top), *cotangents
         )
-        elsewhere = elsewhere.astype(logits.dtype)
-    return _masses.put_at(elsewhere, targets.indices, at_indices)
+        plain = _plain_entries(block, logits, t, *cotangents).astype(logits.dtype)
+        return _masses.put_at(plain, top, values)
+
+    gains = _is_wide(logits) and _sums.is_cut(logits)
+    function = on_one_cpu(one_replaced, all_compared) if gains else all_compared
+    return function(block, logits, t, *cotangents)
 
 
 def targets_cotangent(
@@ -232,7 +305,7 @@ def targets_cotangent(
     """Returns loss_cotangent · (lse(z) − z) as a cotangent of targets, before they are prepared."""
 
     def loss(targets):
-        return _masses.expectations(prepare(targets), logits, block.surprisal)[0]
+        return block.expected_surprisal(logits, prepare(targets))
 
     return jax.vjp(loss, targets)[1](loss_cotangent)[0]
 
@@ -245,17 +318,16 @@ def _lifted_rest(logits: jax.Array, m: jax.Array, left_out: jax.Array | None) ->
       logits: [..., V].
       m: Their maximum, [...]; its derivative is not asked for.
       left_out: Classes [..., K]: rest has full relative precision where the largest logit is among
-        them, and the precision of 1 + rest elsewhere. None is all classes.
+        them, and the precision of 1 + rest elsewhere. None: it has full precision everywhere.
     """
     z = wide(logits)
     top, (shift, scale) = _top(m), _shift_and_scale(m)
     if left_out is None:
-        others = _masses.over_classes(jnp.where(z < top, jnp.exp(z - shift), 0))
-        maxima = jnp.sum(z == top, axis=-1, dtype=z.dtype)
+        others, maxima = _sums.below(lambda z, shift: jnp.exp(z - shift), z, top, z, shift)
     else:
         apart, counts = _masses.at_classes(z, left_out), ~_masses.is_repeated(left_out)
         others = jnp.where(counts & (apart < top), jnp.exp(apart - shift), 0).sum(-1)
-        others += _masses.over_classes(_masses.without(jnp.exp(z - shift), left_out))
+        others += _sums.total(_masses.without(jnp.exp(z - shift), left_out))
         maxima = jnp.sum(counts & (apart == top), axis=-1, dtype=z.dtype)
     return jnp.maximum((_LIFT * scale[..., 0]) * others + _LIFT * (maxima - 1), 0)
 
@@ -288,6 +360,7 @@ def _top(m: jax.Array) -> jax.Array:
     return jnp.where(m == -jnp.inf, 0, m)[..., None]
 
 
+@functools.partial(jax.jit, inline=True)  # Traced once for all of its uses.
 def _shift_and_scale(m: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Returns (shift, scale), both [..., 1]: exp(z − m) = scale · exp(z − shift).
 

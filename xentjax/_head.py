@@ -179,7 +179,7 @@ def _losses_given_block(head, inputs, params, mask, block, targets):
         def on_classes(start, size, total):
             p, t_block = _of_classes(head, params, t, keep, start, size)
             logits = head.transform(_raw_logits(head, x, p), *p.constants)
-            return total + _masses.expectations(t_block, logits, b.surprisal)[0]
+            return total + b.expected_surprisal(logits, t_block)
 
         zeros = _zeros((length,), b.m.dtype, x)
         return _put(losses, _for_each(num_classes, head.classes, on_classes, zeros), first)

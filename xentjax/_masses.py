@@ -5,13 +5,13 @@ Only the classes that hold mass are looked at, and no function makes an array [.
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from xentjax import _targets
+from xentjax import _sums, _targets
 from xentjax._platform import on_one_cpu
 from xentjax._targets import SparseTargets
 
@@ -42,48 +42,71 @@ def times_mass(mass: jax.Array | float, cost: jax.Array) -> jax.Array:
     return mass * jnp.where((mass == 0) & jnp.isposinf(cost), 0, cost)
 
 
-def expectations(
+def expectation(
     targets: jax.Array | SparseTargets,
     logits: jax.Array,
-    *costs: Callable[[jax.Array], jax.Array],
-    means: Sequence[float | None] | None = None,
-) -> list[jax.Array]:
-    """Returns Σ_v t_v · cost(z)_v, [...], for each elementwise cost of logits z, [..., V].
+    cost: Callable[..., jax.Array],
+    *rows: jax.Array,
+) -> jax.Array:
+    """Returns Σ_v t_v · cost(z, *rows)_v, [...]: every cross-entropy is this one sum.
 
-    This one sum is every cross-entropy: only the classes that hold mass are looked at. `means` are
-    those of the costs over all classes, where they are known without looking.
+    Only the classes that hold mass are looked at.
+
+    Args:
+      targets: The mass, ready for arithmetic.
+      logits: z, [..., V].
+      cost: Elementwise; it closes over no arrays.
+      rows: What the cost needs to know of each example, [..., 1].
     """
+
+    def of_all(t):
+        return _all_times_mass(cost, t, logits, *rows)
+
     if not isinstance(targets, SparseTargets):
-        return [over_classes(times_mass(targets, cost(logits))) for cost in costs]
+        return of_all(targets)
     picked = at_classes(logits, targets.indices)
-    totals = [times_mass(targets.weights, cost(picked)).sum(-1) for cost in costs]
+    total = times_mass(targets.weights, cost(picked, *rows)).sum(-1)
     for mass, distribution in backgrounds(targets, logits.shape[-1]):
-        for i, cost in enumerate(costs):
-            known = means[i] if means and targets.background is None else None
-            if known is not None:
-                totals[i] += mass * known
-            elif targets.background is None:
-                totals[i] += times_mass(mass * distribution, over_classes(cost(logits)))
-            else:
-                mean = over_classes(times_mass(distribution, cost(logits)))
-                totals[i] += times_mass(mass, mean)
-    return totals
+        if targets.background is None:
+            total += times_mass(mass * distribution, _sums.over_classes(cost, logits, *rows))
+        else:
+            total += times_mass(mass, of_all(distribution))
+    return total
 
 
-def over_classes(x: jax.Array) -> jax.Array:
-    """Returns the sum of x [..., V] over all classes.
+def _all_times_mass(cost, *arrays):
+    """Returns Σ_v t_v · cost(z, *rows)_v, [...], of (t, z, *rows), with 0 · inf = 0."""
 
-    XLA's CPU backend makes one kernel of a sum and those after it, such as the mean of the losses,
-    and in jax 0.12 leaves that to one core. A choice between the sum and itself keeps them apart.
-    """
-    total = x.sum(-1)
-    return jnp.where(jnp.isnan(total), jnp.nan, total)
+    def safe(*arrays):
+        return _sums.over_classes(lambda t, *zs: times_mass(t, cost(*zs)), *arrays)
+
+    def quick(*arrays):
+        """XLA's CPU backend sums in half the time without a choice; NaN tells it needs one."""
+        total = _sums.over_classes(lambda t, *zs: t * cost(*zs), *arrays)
+        return jax.lax.cond(jnp.isnan(total).any(), safe, lambda *_: total, *arrays)
+
+    return (on_one_cpu(quick, safe) if _sums.is_cut(arrays[1]) else safe)(*arrays)
+
+
+def mass_below(targets: jax.Array | SparseTargets, logits: jax.Array, top: jax.Array) -> jax.Array:
+    """Returns Σ_{v: z_v < m} t_v, [...], where one class alone has the largest logit m = top."""
+
+    def of_all(t):
+        return _sums.below(lambda t: t, logits, top, jnp.broadcast_to(t, logits.shape))[0]
+
+    if not isinstance(targets, SparseTargets):
+        return of_all(targets)
+    picked = at_classes(logits, targets.indices)
+    total = jnp.where(picked < top, targets.weights, 0).sum(-1)
+    for mass, distribution in backgrounds(targets, logits.shape[-1]):
+        total += mass * (1 - distribution if targets.background is None else of_all(distribution))
+    return total
 
 
 def total_mass(targets: jax.Array | SparseTargets, num_classes: int) -> jax.Array:
     """Returns T = Σ_v t_v, [...]."""
     if not isinstance(targets, SparseTargets):
-        return targets.sum(-1)
+        return _sums.total(targets)
     total = targets.weights.sum(-1)
     for mass, distribution in backgrounds(targets, num_classes):
         total += mass if targets.background is None else mass * jnp.sum(distribution)
@@ -151,15 +174,15 @@ def put_at(x: jax.Array, indices: jax.Array, values: jax.Array) -> jax.Array:
     """
     if indices.shape[-1] > _FEW:
         return _scattered(x, indices, values)
-    if x.dtype.itemsize < 4 and x.size >= _SMALL:  # XLA's CPU backend would convert all of it.
+    # To scatter into a narrow array, XLA's CPU backend would convert all of it.
+    if x.size < _SMALL or x.dtype.itemsize < 4:
         return _chosen(x, indices, values)
     return on_one_cpu(_scattered, _chosen)(x, indices, values)
 
 
 def without(x: jax.Array, indices: jax.Array) -> jax.Array:
     """Returns x [..., V] with x[..., indices_k] = 0."""
-    zeros = jnp.zeros(indices.shape, x.dtype)
-    return _chosen(x, indices, zeros) if x.size < _SMALL else put_at(x, indices, zeros)
+    return put_at(x, indices, jnp.zeros(indices.shape, x.dtype))
 
 
 def _chosen(x, indices, values):
@@ -176,7 +199,7 @@ def _scattered(x, indices, values):
     return x.at[rows_and(indices)].set(values, mode="drop", unique_indices=True)
 
 
-# Up to so many classes a choice costs less than a scatter, and up to such a size of x zeros do.
+# Of so few classes, or in such a small x, a choice costs less than a scatter.
 _FEW, _SMALL = 4, 2**14
 
 

@@ -1,55 +1,42 @@
 """A few rows of logits at a time: what fits a CPU's cache is read from memory once."""
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from xentjax import _masses
-
-# 2¹⁸ float32 logits are 1 MiB, a core's second-level cache. A loop gains from there on if targets
-# are on all classes, which makes several such arrays, and else from where the last cache, some
-# 32 MiB, ends.
-CACHED, LARGE = 2**18, 2**23
+# So many logits, 2 MiB of float32, are at home in a core's second-level cache. Of fewer than LARGE,
+# 32 MiB, a copy does no harm.
+CACHED, LARGE = 2**19, 2**23
 
 
-def by_rows(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Returns `function` of (logits, targets) as a loop over a few rows at a time.
+def in_pieces(function: Callable[[Any, int], Any], size: int, width: int, like: jax.Array) -> Any:
+    """Returns function(0, size), of which as few rows are made at a time as fit the cache.
 
-    `function` returns arrays [...], each row's from that row alone.
+    Args:
+      function: function(first, count) returns arrays [count], of rows [first, first + count).
+      size: How many rows there are.
+      width: How many numbers are needed of each.
+      like: An array [size] that varies over the same mesh axes as the result.
     """
+    rows = max(1, CACHED // width)
+    if rows >= size:
+        return function(0, size)
 
-    def over_rows(logits, targets):
-        batch, num_classes = logits.shape[:-1], logits.shape[-1]
-        size = math.prod(batch)
-        rows = max(1, min(size, CACHED // num_classes))
-        logits = logits.reshape(size, num_classes)
-        flat_targets = _masses.flattened(targets)
+    def step(i, out):
+        # A last step that would reach past the end starts early, and repeats some rows.
+        first = jnp.minimum(i * rows, size - rows)
+        return jax.tree.map(
+            lambda x, part: jax.lax.dynamic_update_slice_in_dim(x, part, first, 0),
+            out,
+            function(first, rows),
+        )
 
-        def of_rows(first):
-            z = slice_unconverted(logits, first, rows, 0)
-            return function(z, _masses.rows_of(flat_targets, first, rows))
-
-        def step(i, out):
-            # A last step that would reach past the end starts early, and repeats some rows.
-            first = jnp.minimum(i * rows, size - rows)
-            return jax.tree.map(
-                lambda x, part: jax.lax.dynamic_update_slice_in_dim(x, part, first, 0),
-                out,
-                of_rows(first),
-            )
-
-        def zeros(part):  # Made of the logits, they vary over the same mesh axes.
-            return jnp.zeros_like(logits[:, 0], part.dtype)
-
-        out = jax.tree.map(zeros, jax.eval_shape(of_rows, 0))
-        out = jax.lax.fori_loop(0, -(-size // rows), step, out)
-        return jax.tree.map(lambda x: x.reshape(batch), out)
-
-    return over_rows
+    shapes = jax.eval_shape(lambda: function(0, rows))
+    out = jax.tree.map(lambda part: jnp.zeros_like(like, part.dtype), shapes)
+    return jax.lax.fori_loop(0, -(-size // rows), step, out)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))

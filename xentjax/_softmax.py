@@ -8,6 +8,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
 from xentjax import _blocks, _checks, _masses, _mesh, _targets
@@ -173,13 +174,28 @@ def _canonical(logits, targets, where, axes):
     return logits, targets, where
 
 
-@functools.partial(jax.jit, static_argnames="axes")
+def _jit_unless_traced(function):
+    """Returns jitted `function`, which is itself where its caller is being traced.
+
+    Of a jitted function JAX traces the value before the derivative, though that has its own rule.
+    """
+    jitted = jax.jit(function, static_argnames="axes")
+
+    @functools.wraps(function)
+    def either(*args, axes):
+        traced = any(isinstance(x, Tracer) for x in jax.tree.leaves(args))
+        return (function if traced else jitted)(*args, axes=axes)
+
+    return either
+
+
+@_jit_unless_traced
 def _losses(logits, targets, where, axes):
     losses, _ = _cross_entropy(*_canonical(logits, targets, where, axes))
     return losses
 
 
-@functools.partial(jax.jit, static_argnames="axes")
+@_jit_unless_traced
 def _losses_and_stats(logits, targets, where, axes):
     logits, targets, mask = _canonical(logits, targets, where, axes)
     losses, log_normalizer = _cross_entropy(logits, targets, mask)
@@ -193,15 +209,25 @@ def _losses_and_stats(logits, targets, where, axes):
 
 
 def _cross_entropy_fwd(live, logits, targets, mask):
-    kept = _masses.kept(targets, mask, _blocks.wide_dtype(logits.dtype))
-    block = _blocks.block_of(logits, kept, shares=live[0])
-    out = _masses.masked((block.loss, block.log_normalizer), mask)
+    out, block = _forward(logits, targets, mask, shares=live[0])
     return out, (logits, targets, mask, block)
+
+
+@functools.partial(jax.jit, static_argnames="shares", inline=True)
+def _forward(logits, targets, mask, shares):
+    kept = _masses.kept(targets, mask, _blocks.wide_dtype(logits.dtype))
+    block = _blocks.block_of(logits, kept, shares)
+    return _masses.masked((block.loss, block.log_normalizer), mask), block
 
 
 def cross_entropy_bwd(live, residuals, cotangent, axes=()):
     """The backward rule, of (loss, log-normalizer) of classes that are split along mesh `axes`."""
-    live_logits, live_targets, _ = live
+    live_logits, live_targets = live[0], any(jax.tree.leaves(live[1]))
+    return *_backward(residuals, cotangent, live_logits, live_targets, axes), None
+
+
+@functools.partial(jax.jit, static_argnames=("live_logits", "live_targets", "axes"), inline=True)
+def _backward(residuals, cotangent, live_logits, live_targets, axes):
     logits, targets, mask, block = residuals
     prepare = functools.partial(_masses.kept, mask=mask, dtype=block.m.dtype)
     cotangent = _masses.masked(cotangent, mask)
@@ -211,14 +237,14 @@ def cross_entropy_bwd(live, residuals, cotangent, axes=()):
             block, logits, prepare(targets), *cotangent, shares=not axes
         )
         logits_cotangent = _masses.masked(logits_cotangent, mask)
-    if any(jax.tree.leaves(live_targets)):
+    if live_targets:
         own = _mesh.varying(cotangent[0], axes)
         targets_cotangent = _blocks.targets_cotangent(block, logits, targets, prepare, own)
-    return logits_cotangent, targets_cotangent, None
+    return logits_cotangent, targets_cotangent
 
 
 def _cross_entropy_value(logits, targets, mask):
-    return _cross_entropy_fwd((False, None, None), logits, targets, mask)[0]
+    return _forward(logits, targets, mask, shares=False)[0]
 
 
 _cross_entropy = custom_vjp(_cross_entropy_value, _cross_entropy_fwd, cross_entropy_bwd)
