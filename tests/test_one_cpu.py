@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import (
+    INF,
     assert_exact,
     assert_modes_agree,
     floating_leaves,
@@ -88,6 +89,44 @@ def test_every_mode_to_every_float_argument(form):
 
         ours, plain = xentjax.softmax_cross_entropy, plain_softmax_cross_entropy
         assert_modes_agree(FEW_MODES, scalar(ours), scalar(plain), (logits, *floats))
+
+
+@pytest.mark.usefixtures("one_cpu")
+@pytest.mark.parametrize("num_classes", [11, 12])
+def test_confident_dense_targets_are_as_exact_as_labels(num_classes):
+    logits, labels = rows_with_margins(num_classes, np.linspace(-80, 80, 65))
+    dense = xentjax.dense_targets(labels, num_classes)
+    for actual, desired in zip(
+        loss_and_gradient(logits, dense), loss_and_gradient(logits, labels), strict=True
+    ):
+        np.testing.assert_allclose(actual, desired, rtol=1e-6)
+
+
+@pytest.mark.usefixtures("one_cpu")
+@pytest.mark.parametrize("num_classes", [11, 12])
+def test_two_largest_logits_in_any_chunks(num_classes):
+    first, second = np.triu_indices(num_classes, 1)
+    rows = np.arange(len(first))
+    logits = np.full((len(first), num_classes), -INF, np.float32)
+    logits[:, ::2] = 1  # And some that are impossible.
+    logits[rows, first] = logits[rows, second] = 3
+    exponentials = np.exp(logits.astype(np.float64))
+    p = exponentials / exponentials.sum(-1, keepdims=True)
+    for targets in first, xentjax.dense_targets(first, num_classes):
+        losses, gradient = loss_and_gradient(logits, targets)
+        np.testing.assert_allclose(losses, -np.log(p[rows, first]), rtol=1e-6)
+        np.testing.assert_allclose(gradient, p - np.eye(num_classes)[first], rtol=0, atol=5e-7)
+
+
+@pytest.mark.usefixtures("one_cpu")
+def test_dense_mass_on_an_impossible_class_is_an_infinite_loss():
+    logits = np.zeros((6, 12), np.float32)
+    logits[:, 7] = -INF
+    targets = np.full((6, 12), 1 / 11, np.float32)
+    targets[:, 7] = 0
+    targets[4, 7] = 1e-30
+    losses = xentjax.softmax_cross_entropy(logits, targets)
+    np.testing.assert_allclose(losses, np.where(np.arange(6) == 4, INF, np.log(11)), rtol=1e-6)
 
 
 @pytest.mark.usefixtures("one_cpu")

@@ -174,8 +174,10 @@ def put_at(x: jax.Array, indices: jax.Array, values: jax.Array) -> jax.Array:
     """
     if indices.shape[-1] > _FEW:
         return _scattered(x, indices, values)
-    # To scatter into a narrow array, XLA's CPU backend would convert all of it.
-    if x.size < _SMALL or x.dtype.itemsize < 4:
+    # In a small array a choice costs less, but XLA's CPU backend shares a loop out among threads if
+    # it has a choice and a conversion. A large narrow array it would convert, to scatter into it.
+    narrow, small = x.dtype.itemsize < 4, x.size < _SMALL
+    if narrow != small:
         return _chosen(x, indices, values)
     return on_one_cpu(_scattered, _chosen)(x, indices, values)
 
@@ -199,7 +201,7 @@ def _scattered(x, indices, values):
     return x.at[rows_and(indices)].set(values, mode="drop", unique_indices=True)
 
 
-# Of so few classes, or in such a small x, a choice costs less than a scatter.
+# So few classes are chosen, and such a small x is small.
 _FEW, _SMALL = 4, 2**14
 
 
