@@ -58,8 +58,11 @@ def test_a_long_sum_loses_no_digits(form, monkeypatch):
     np.testing.assert_allclose(gradient, desired, rtol=1e-6, atol=1e-11)
 
 
-@pytest.mark.parametrize(("num_classes", "dtype"), [(12, jnp.float32), (11, jnp.bfloat16)])
-@pytest.mark.parametrize("form", target_forms(1, 2))
+@pytest.mark.parametrize(
+    ("form", "num_classes", "dtype"),
+    [(form, 12, jnp.float32) for form in target_forms(1, 2)]
+    + [(form, 11, jnp.bfloat16) for form in ("labels", "dense", "two backgrounds")],
+)
 def test_it_answers_what_any_device_does(form, num_classes, dtype, request):
     targets = target_forms(21, num_classes)[form]
     logits = jnp.asarray(np.random.default_rng(0).normal(size=(21, num_classes)) * 8, dtype)

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from xentjax import _rows
 from xentjax._platform import on_one_cpu
 
-# A chunk has so many classes at least and at most.
-_LEAST, _MOST = 100, 2**13
+# A chunk has so many classes at least and at most, and a row has so many chunks at most, if it can.
+_LEAST, _MOST, _COUNT = 100, 2**13, 128
 # Rows of more classes are slow to reduce.
 _LONG = 2**14
 # What has fewer numbers is soon compared, and sooner compiled as it is.
@@ -176,5 +176,6 @@ def _length(num_classes):
 @functools.cache
 def _even(num_classes):
     """Returns the least length of chunks that leaves no rest, or None where there is none."""
-    lengths = range(_LEAST, min(_MOST, num_classes // 2) + 1)
+    least = max(_LEAST, min(num_classes // _COUNT, _MOST))
+    lengths = range(least, min(_MOST, num_classes // 2) + 1)
     return next((length for length in lengths if num_classes % length == 0), None)
