@@ -59,18 +59,17 @@ def _plain_sigmoid(logits, targets):
 
 
 LOSSES = {
-    "softmax": (xentjax.softmax_cross_entropy, plain_softmax_cross_entropy, "smoothed"),
+    "softmax": (xentjax.softmax_cross_entropy, plain_softmax_cross_entropy, "labels"),
     "z-loss": (_with_z_loss, _plain_with_z_loss, "all"),
     "entropy": (_entropy, _plain_entropy, "labels"),
     "sigmoid": (xentjax.multilabel_cross_entropy, _plain_sigmoid, "dense"),
 }
 
-# Of smoothed and mixed labels a teacher has every part: several classes, and a background.
 FORMS = [
     (loss, form)
     for loss, (_, _, forms) in LOSSES.items()
     for form in target_forms(BATCH, CLASSES)
-    if forms == form or (forms == "all" and form not in ("smoothed", "mixed"))
+    if forms in ("all", form)
 ]
 
 

@@ -106,16 +106,14 @@ def block_of(logits: jax.Array, targets: jax.Array | SparseTargets, shares: bool
       shares: Whether `logits_cotangent` of the same logits follows, and shares the exponentials
         where it can: they become the cotangent in place.
     """
-    return _block_of(logits, targets, _left_out(logits, targets) if shares else None)
+    left_out = _left_out(logits, targets) if shares else None
 
-
-def _block_of(logits, targets, left_out):
-    def in_pieces(function):
+    def lean(function):
         return function if _is_lean(logits, targets) else on_one_cpu(_by_rows(function), function)
 
     if left_out is None:
-        return in_pieces(_block_at_once)(logits, targets)
-    m, *sums = in_pieces(_max_and_target_sums)(logits, targets)
+        return lean(_block_at_once)(logits, targets)
+    m, *sums = lean(_max_and_target_sums)(logits, targets)
     return Block(m, _lifted_rest(logits, m, left_out), *sums)
 
 
@@ -175,9 +173,11 @@ def _left_out(logits, targets):
     They are the few that hold mass: where it may be near 1, rest has to be exact if it is small.
     None: nothing is shared, and the largest logit is what is left out.
     """
-    affordable = _is_wide(logits) or logits.size < _rows.LARGE
-    shared = logits.size > _rows.CACHED and affordable and _is_light_elsewhere(targets)
-    return targets.indices if shared and targets.indices.shape[-1] else None
+    # Of narrow logits they are an array more, and dear if it is large.
+    shared = _is_wide(logits) or logits.size < _rows.LARGE
+    if not (shared and _is_light_elsewhere(targets) and targets.indices.shape[-1]):
+        return None
+    return targets.indices
 
 
 def _is_light_elsewhere(targets):
@@ -244,7 +244,8 @@ def logits_cotangent(
     else:
         left_out = _left_out(logits, targets) if shares else None
         elsewhere = _plain_entries(block, logits, background, *cotangents, left_out)
-        if left_out is None:  # What is shared is there in full precision, and scattered into.
+        # What is shared and large is there in full precision, and scattered into.
+        if left_out is None or logits.size <= _rows.CACHED:
             elsewhere = elsewhere.astype(logits.dtype)
     picked = _masses.at_classes(logits, targets.indices)
     mass = _masses.mass_at(targets, targets.indices, num_classes)

@@ -32,11 +32,6 @@ def backgrounds(
             yield mass[..., b], background[b]
 
 
-def has_background(targets: jax.Array | SparseTargets) -> bool:
-    """Returns whether targets are sparse with mass on a background."""
-    return isinstance(targets, SparseTargets) and targets.background_mass is not None
-
-
 def times_mass(mass: jax.Array | float, cost: jax.Array) -> jax.Array:
     """Returns mass · cost with 0 · inf = 0."""
     return mass * jnp.where((mass == 0) & jnp.isposinf(cost), 0, cost)
