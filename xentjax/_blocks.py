@@ -106,7 +106,9 @@ def block_of(logits: jax.Array, targets: jax.Array | SparseTargets, shares: bool
       shares: Whether `logits_cotangent` of the same logits follows, and shares the exponentials
         where it can: they become the cotangent in place.
     """
-    left_out = _left_out(logits, targets) if shares else None
+    # Small sums are the same whether the cotangent follows or not, to the last digit.
+    small = logits.size <= _rows.CACHED
+    left_out = _left_out(logits, targets) if shares or small else None
 
     def lean(function):
         return function if _is_lean(logits, targets) else on_one_cpu(_by_rows(function), function)
