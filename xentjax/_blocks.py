@@ -244,10 +244,10 @@ def logits_cotangent(
         background = jnp.broadcast_to(background, logits.shape)
         elsewhere = _all_entries(block, logits, background, *cotangents)
     else:
-        left_out = _left_out(logits, targets) if shares else None
+        shared = shares and logits.size > _rows.CACHED  # Fewer are soon computed again.
+        left_out = _left_out(logits, targets) if shared else None
         elsewhere = _plain_entries(block, logits, background, *cotangents, left_out)
-        # What is shared and large is there in full precision, and scattered into.
-        if left_out is None or logits.size <= _rows.CACHED:
+        if left_out is None:  # What is shared is there in full precision, and scattered into.
             elsewhere = elsewhere.astype(logits.dtype)
     picked = _masses.at_classes(logits, targets.indices)
     mass = _masses.mass_at(targets, targets.indices, num_classes)

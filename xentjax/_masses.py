@@ -169,17 +169,15 @@ def put_at(x: jax.Array, indices: jax.Array, values: jax.Array) -> jax.Array:
     """
     if indices.shape[-1] > _FEW:
         return _scattered(x, indices, values)
-    # In a small array a choice costs less, but XLA's CPU backend shares a loop out among threads if
-    # it has a choice and a conversion. A large narrow array it would convert, to scatter into it.
-    narrow, small = x.dtype.itemsize < 4, x.size < _SMALL
-    if narrow != small:
+    if x.dtype.itemsize < 4 and x.size >= _SMALL:  # XLA's CPU backend would convert all of it.
         return _chosen(x, indices, values)
     return on_one_cpu(_scattered, _chosen)(x, indices, values)
 
 
 def without(x: jax.Array, indices: jax.Array) -> jax.Array:
     """Returns x [..., V] with x[..., indices_k] = 0."""
-    return put_at(x, indices, jnp.zeros(indices.shape, x.dtype))
+    zeros = jnp.zeros(indices.shape, x.dtype)
+    return _chosen(x, indices, zeros) if x.size < _SMALL else put_at(x, indices, zeros)
 
 
 def _chosen(x, indices, values):
@@ -196,7 +194,7 @@ def _scattered(x, indices, values):
     return x.at[rows_and(indices)].set(values, mode="drop", unique_indices=True)
 
 
-# So few classes are chosen, and such a small x is small.
+# Up to so many classes a choice costs less than a scatter, and up to such a size of x zeros do.
 _FEW, _SMALL = 4, 2**14
 
 
