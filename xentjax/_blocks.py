@@ -3,7 +3,7 @@
 A block is all the classes, a chunk of them in a loop, or a shard of them on a device. Of its
 logits z and the target mass t on its classes it keeps
 
-    m = max z,   rest = Σ_v exp(z_v − m) − 1,
+    m = max z,   others = Σ_v exp(z_v − shift) − exp(m − shift),
     mass = Σ_v t_v,   mass_below = Σ_{v: z_v < m} t_v,   excess = Σ_v t_v · (m − z_v)
 
 sums of non-negative terms, all of them, and so is what follows once all classes are in one block:
@@ -32,10 +32,6 @@ from xentjax import _masses, _rows, _sums
 from xentjax._platform import on_one_cpu
 from xentjax._targets import SparseTargets
 
-# `rest` is kept times 2⁵⁸: float32 loses exp(x) below x = −87, which beside exp(−80) is not
-# nothing. A power of two scales exactly.
-_LIFT = 2.0**58
-
 
 class Block(NamedTuple):
     """What a block of classes tells of each example; every field is [...].
@@ -44,7 +40,7 @@ class Block(NamedTuple):
     """
 
     m: jax.Array
-    lifted_rest: jax.Array
+    others: jax.Array
     mass: jax.Array
     mass_below: jax.Array
     excess: jax.Array
@@ -52,7 +48,7 @@ class Block(NamedTuple):
     @property
     def rest(self) -> jax.Array:
         """Σ_v exp(z_v − m) − 1."""
-        return self.lifted_rest / _LIFT
+        return self.others / _shift_and_top(self.m)[1]
 
     @property
     def log_normalizer(self) -> jax.Array:
@@ -76,21 +72,12 @@ class Block(NamedTuple):
 
     @property
     def _rows(self):
-        return _top(self.m), jnp.log1p(self.rest)[..., None]
-
-    @property
-    def top_p(self) -> jax.Array:
-        """The p of a class with the largest logit."""
-        return 1 / (1 + self.rest)
+        return _finite(self.m)[..., None], jnp.log1p(self.rest)[..., None]
 
     def softmax(self, logits: jax.Array) -> jax.Array:
         """Returns p, [..., V]."""
-        shift, scale = _shift_and_scale(self.m)
-        return self.top_p[..., None] * (scale * jnp.exp(wide(logits) - shift))
-
-    def is_top(self, logits: jax.Array) -> jax.Array:
-        """Returns whether p_v > 1/2, [..., V]: at most one largest logit has that."""
-        return (wide(logits) == _top(self.m)) & (self.rest < 1)[..., None]
+        shift, top = _shift_and_top(self.m)
+        return jnp.exp(wide(logits) - shift[..., None]) * (1 / (top + self.others))[..., None]
 
 
 def _surprisal(z, top, log_sum):
@@ -116,12 +103,12 @@ def block_of(logits: jax.Array, targets: jax.Array | SparseTargets, shares: bool
     if left_out is None:
         return lean(_block_at_once)(logits, targets)
     m, *sums = lean(_max_and_target_sums)(logits, targets)
-    return Block(m, _lifted_rest(logits, m, left_out), *sums)
+    return Block(m, _others(logits, m, left_out), *sums)
 
 
 def _block_at_once(logits, targets):
     m, *sums = _max_and_target_sums(logits, targets)
-    return Block(m, _lifted_rest(logits, m, None), *sums)
+    return Block(m, _others(logits, m, None), *sums)
 
 
 def _is_lean(logits, targets):
@@ -159,7 +146,7 @@ def _by_rows(function: Callable[..., Any]) -> Callable[..., Any]:
 def _max_and_target_sums(logits, targets):
     """Returns m, mass, mass_below and excess."""
     m = wide(_sums.largest(jax.lax.stop_gradient(logits)))
-    top = _top(m)
+    top = _finite(m)[..., None]
     return (
         m,
         _masses.total_mass(targets, logits.shape[-1]),
@@ -202,19 +189,20 @@ def merge_over(block: Block, axis_name: Hashable) -> Block:
 def _summands(block: Block, m: jax.Array) -> tuple[jax.Array, ...]:
     """Returns what adds over blocks, as seen from a maximum m that is no less than block.m."""
     is_max = (block.m == m) & (m > -jnp.inf)
-    shift, scale = _shift_and_scale(m)
-    fallen = (1 + block.rest) * (_LIFT * scale * jnp.exp(block.m[..., None] - shift))[..., 0]
+    shift, _ = _shift_and_top(m)
+    fallen = (1 + block.rest) * jnp.exp(block.m - shift)
     return (
-        jnp.where(is_max, block.lifted_rest, fallen),
+        jnp.where(is_max, block.others, fallen),
         is_max.astype(m.dtype),
         block.mass,
         jnp.where(is_max, block.mass_below, block.mass),
-        block.excess + _masses.times_mass(block.mass, _top(m)[..., 0] - block.m),
+        block.excess + _masses.times_mass(block.mass, _finite(m) - block.m),
     )
 
 
-def _from_summands(m, lifted_rest, maxima, mass, mass_below, excess):
-    return Block(m, lifted_rest + _LIFT * jnp.maximum(maxima - 1, 0), mass, mass_below, excess)
+def _from_summands(m, others, maxima, mass, mass_below, excess):
+    ties = jnp.maximum(maxima - 1, 0) * _shift_and_top(m)[1]
+    return Block(m, others + ties, mass, mass_below, excess)
 
 
 def logits_cotangent(
@@ -235,67 +223,81 @@ def logits_cotangent(
       lse_cotangent: [...].
       shares: Whether `block_of` of the same logits and targets made the block.
     """
-    cotangents = loss_cotangent, lse_cotangent
+    rows = _of_rows(block, loss_cotangent, lse_cotangent)
     num_classes = logits.shape[-1]
     if not isinstance(targets, SparseTargets):
-        return _all_entries(block, logits, targets, *cotangents)
-    background = _masses.background_over(targets, num_classes)
+        return _entries(rows, logits, targets).astype(logits.dtype)
+    background = 0.0
+    if targets.background_mass is not None:
+        background = _masses.background_over(targets, num_classes)
     if not _is_light_elsewhere(targets):
-        background = jnp.broadcast_to(background, logits.shape)
-        elsewhere = _all_entries(block, logits, background, *cotangents)
+        elsewhere = _entries(rows, logits, background)
     else:
         shared = shares and logits.size > _rows.CACHED  # Fewer are soon computed again.
         left_out = _left_out(logits, targets) if shared else None
-        elsewhere = _plain_entries(block, logits, background, *cotangents, left_out)
-        if left_out is None:  # What is shared is there in full precision, and scattered into.
-            elsewhere = elsewhere.astype(logits.dtype)
+        elsewhere = _plain_entries(rows, logits, background, left_out)
     picked = _masses.at_classes(logits, targets.indices)
     mass = _masses.mass_at(targets, targets.indices, num_classes)
-    at_indices = _entries(block, picked, mass, *cotangents).astype(elsewhere.dtype)
-    return _masses.put_at(elsewhere, targets.indices, at_indices).astype(logits.dtype)
+    at_indices = _entries(rows, picked, mass)
+    return _masses.put_at(elsewhere, targets.indices, at_indices, logits.dtype)
 
 
-def _entries(block, z, t, loss_cotangent, lse_cotangent):
-    """Returns the cotangent of logits z [..., J] that hold mass t [..., J], be it near 1."""
-    p = block.softmax(z)
-    # Where it is used: the value of rest · p_top, and the derivative of 1 − p.
-    constant = jax.lax.stop_gradient
-    one_minus_p = constant(block.rest * block.top_p)[..., None] - (p - constant(p))
-    error = jnp.where(
-        block.is_top(z),
-        block.mass_below[..., None] - block.mass[..., None] * one_minus_p,
-        block.mass[..., None] * p - t,
+class _OfRows(NamedTuple):
+    """What a cotangent's entries need to know of their example, [..., 1].
+
+    p = exp(z − shift) / normalizer; `top` is the z of which p > 1/2, or NaN, and top_error is its
+    mass · p − t.
+    """
+
+    of_loss: jax.Array
+    of_lse: jax.Array
+    mass: jax.Array
+    shift: jax.Array
+    normalizer: jax.Array
+    top: jax.Array
+    top_error: jax.Array
+
+
+def _of_rows(block, loss_cotangent, lse_cotangent):
+    shift, top = _shift_and_top(block.m)
+    normalizer = top + block.others
+    rows = _OfRows(
+        loss_cotangent,
+        lse_cotangent,
+        block.mass,
+        shift,
+        normalizer,
+        jnp.where(block.others < top, _finite(block.m), jnp.nan),
+        jax.lax.stop_gradient(block.mass_below - block.mass * (block.others / normalizer)),
     )
-    return loss_cotangent[..., None] * error + lse_cotangent[..., None] * p
+    return jax.tree.map(lambda x: x[..., None], rows)
 
 
-def _plain_entries(block, logits, t, loss_cotangent, lse_cotangent, left_out=None):
-    """Returns the cotangent of logits [..., V], all right but where p and t are near 1."""
-    shift, scale = _shift_and_scale(block.m)
-    of_p = (loss_cotangent * block.mass + lse_cotangent) * block.top_p
-    exponentials = jnp.exp(wide(logits) - shift)
+def _entries(rows, z, t):
+    """Returns the cotangent of logits z [..., J] that hold mass t [..., J], be it near 1."""
+    p = jnp.exp(wide(z) - rows.shift) * (1 / rows.normalizer)
+    error = rows.mass * p - t
+    # The value of the one, the derivative of the other.
+    top_error = rows.top_error + (error - jax.lax.stop_gradient(error))
+    error = jnp.where(wide(z) == rows.top, top_error, error)
+    return rows.of_loss * error + rows.of_lse * p
+
+
+def _plain_entries(rows, z, t, left_out=None):
+    """Returns the cotangent of logits z [..., J], all right but where p and t are near 1.
+
+    Args:
+      rows: What they need to know of their example.
+      z: [..., J].
+      t: The mass that they hold, [..., J] or [..., 1]; 0.0 if they hold none.
+      left_out: Classes whose exponentials are taken to be 0; None: none.
+    """
+    exponentials = jnp.exp(wide(z) - rows.shift)
     if left_out is not None:
         exponentials = _masses.without(exponentials, left_out)
-    return of_p[..., None] * (scale * exponentials) - loss_cotangent[..., None] * t
-
-
-def _all_entries(block, logits, t, *cotangents):
-    """Returns the cotangent of logits [..., V]; mass near 1 may be on any of them."""
-
-    def all_compared(block, logits, t, *cotangents):
-        return _entries(block, logits, t, *cotangents).astype(logits.dtype)
-
-    def one_replaced(block, logits, t, *cotangents):
-        top = _sums.argmax(logits)[..., None]
-        values = all_compared(
-            block, _masses.at_classes(logits, top), _masses.at_classes(t, top), *cotangents
-        )
-        plain = _plain_entries(block, logits, t, *cotangents).astype(logits.dtype)
-        return _masses.put_at(plain, top, values)
-
-    gains = _is_wide(logits) and _sums.is_cut(logits)
-    function = on_one_cpu(one_replaced, all_compared) if gains else all_compared
-    return function(block, logits, t, *cotangents)
+    of_p = rows.of_loss * rows.mass + rows.of_lse
+    entries = of_p * (exponentials * (1 / rows.normalizer))
+    return entries if isinstance(t, float) else entries - rows.of_loss * t
 
 
 def targets_cotangent(
@@ -314,34 +316,34 @@ def targets_cotangent(
 
 
 @jax.custom_jvp
-def _lifted_rest(logits: jax.Array, m: jax.Array, left_out: jax.Array | None) -> jax.Array:
-    """Returns 2⁵⁸ · rest, [...]; where all z are −inf, rest is 0.
+def _others(logits: jax.Array, m: jax.Array, left_out: jax.Array | None) -> jax.Array:
+    """Returns Σ_v exp(z_v − shift) without one of the largest, [...]; 0 where all z are −inf.
 
     Args:
       logits: [..., V].
       m: Their maximum, [...]; its derivative is not asked for.
-      left_out: Classes [..., K]: rest has full relative precision where the largest logit is among
-        them, and the precision of 1 + rest elsewhere. None: it has full precision everywhere.
+      left_out: Classes [..., K]: the sum has full relative precision where the largest logit is
+        among them, and that of the sum with the largest elsewhere. None: it has it everywhere.
     """
-    z = wide(logits)
-    top, (shift, scale) = _top(m), _shift_and_scale(m)
+    z, top_z = wide(logits), _finite(m)[..., None]
+    shift, top = _shift_and_top(m)
+    shift = shift[..., None]
     if left_out is None:
-        others, maxima = _sums.below(lambda z, shift: jnp.exp(z - shift), z, top, z, shift)
+        others, maxima = _sums.below(lambda z, shift: jnp.exp(z - shift), z, top_z, z, shift)
     else:
         apart, counts = _masses.at_classes(z, left_out), ~_masses.is_repeated(left_out)
-        others = jnp.where(counts & (apart < top), jnp.exp(apart - shift), 0).sum(-1)
+        others = jnp.where(counts & (apart < top_z), jnp.exp(apart - shift), 0).sum(-1)
         others += _sums.total(_masses.without(jnp.exp(z - shift), left_out))
-        maxima = jnp.sum(counts & (apart == top), axis=-1, dtype=z.dtype)
-    return jnp.maximum((_LIFT * scale[..., 0]) * others + _LIFT * (maxima - 1), 0)
+        maxima = jnp.sum(counts & (apart == top_z), axis=-1, dtype=z.dtype)
+    return jnp.maximum(others + (maxima - 1) * top, 0)
 
 
-@_lifted_rest.defjvp
-def _lifted_rest_jvp(primals, tangents):
+@_others.defjvp
+def _others_jvp(primals, tangents):
     (logits, m, left_out), (tangent, *_) = primals, tangents
-    shift, scale = _shift_and_scale(m)
-    exponentials = scale * jnp.exp(wide(logits) - shift)
-    change = _LIFT * jnp.sum(exponentials * wide(tangent), axis=-1)
-    return _lifted_rest(logits, m, left_out), change
+    shift, _ = _shift_and_top(m)
+    exponentials = jnp.exp(wide(logits) - shift[..., None])
+    return _others(logits, m, left_out), jnp.sum(exponentials * wide(tangent), axis=-1)
 
 
 def wide_dtype(*dtypes: jax.typing.DTypeLike) -> jnp.dtype:
@@ -358,14 +360,14 @@ def _is_wide(x: jax.Array) -> bool:
     return x.dtype == wide_dtype(x.dtype)
 
 
-def _top(m: jax.Array) -> jax.Array:
-    """Returns what is subtracted from the logits, [..., 1]: m, or 0 where m is −inf."""
-    return jnp.where(m == -jnp.inf, 0, m)[..., None]
+def _finite(m: jax.Array) -> jax.Array:
+    """Returns what is subtracted from the logits: m, or 0 where m is −inf."""
+    return jnp.where(m == -jnp.inf, 0, m)
 
 
 @functools.partial(jax.jit, inline=True)  # Traced once for all of its uses.
-def _shift_and_scale(m: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns (shift, scale), both [..., 1]: exp(z − m) = scale · exp(z − shift).
+def _shift_and_top(m: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns (shift, exp(m − shift)), both [...]; exponentials are taken of z − shift.
 
     Rounding z − m is an error of half an ulp of |z − m|, and so a relative error of exp: 4e-6 at 80
     in float32. So the shift is 0, and nothing rounded, unless m leaves the range from _LOW to
@@ -373,15 +375,11 @@ def _shift_and_scale(m: jax.Array) -> tuple[jax.Array, jax.Array]:
     either: z − shift is a multiple of an ulp of z, and no larger. Elsewhere |z − shift| < 16, down
     to the last z that makes a difference, and so half an ulp of it is at most 5e-7.
     """
-    top = jax.lax.stop_gradient(_top(m))
+    top = jax.lax.stop_gradient(_finite(m))
     level = jnp.round(top)
     near = jnp.abs(level) < 2**22  # Farther out level − _HIGH would be rounded.
     shift = jnp.where(near, level - jnp.clip(level, _LOW, _HIGH), level)
-    d = top - shift
-    # The rounding of d, exactly: exp(−d − e) = exp(−d) · (1 − e). (Of a second exponential in its
-    # place XLA would make one of the sum, and round that.)
-    e = top - (d + shift)
-    return shift, jnp.exp(-d) * (1 - e)
+    return shift, jnp.exp(top - shift)
 
 
 # Above _HIGH, float32 has room for the sum of 6 million exponentials. Below _LOW, it has room for

@@ -161,23 +161,26 @@ def is_heaviest(targets, prediction, num_classes):
     return mass_at(targets, prediction[..., None], num_classes)[..., 0] >= heaviest
 
 
-def put_at(x: jax.Array, indices: jax.Array, values: jax.Array) -> jax.Array:
+def put_at(
+    x: jax.Array, indices: jax.Array, values: jax.Array, dtype: jax.typing.DTypeLike
+) -> jax.Array:
     """Returns x [..., V] with x[..., indices_k] = values_k; equal indices have equal values.
 
-    A choice in the loop that writes x is what compilers fuse best; but XLA's CPU backend makes
-    twice the work of an exponential in that loop, and takes no time to scatter a few values.
+    A choice in the loop that writes x is what compilers fuse best; but XLA's CPU backend takes no
+    time to scatter a few values into a large x, if it need not be converted to `dtype` after that.
     """
     if indices.shape[-1] > _FEW:
-        return _scattered(x, indices, values)
-    if x.dtype.itemsize < 4 and x.size >= _SMALL:  # XLA's CPU backend would convert all of it.
-        return _chosen(x, indices, values)
-    return on_one_cpu(_scattered, _chosen)(x, indices, values)
+        function = _scattered
+    elif x.dtype == dtype and x.size >= _SMALL:
+        function = on_one_cpu(_scattered, _chosen)
+    else:
+        function = _chosen
+    return function(x, indices, values).astype(dtype)
 
 
 def without(x: jax.Array, indices: jax.Array) -> jax.Array:
     """Returns x [..., V] with x[..., indices_k] = 0."""
-    zeros = jnp.zeros(indices.shape, x.dtype)
-    return _chosen(x, indices, zeros) if x.size < _SMALL else put_at(x, indices, zeros)
+    return put_at(x, indices, jnp.zeros(indices.shape, x.dtype), x.dtype)
 
 
 def _chosen(x, indices, values):

@@ -57,8 +57,7 @@ def _reduced(reduce, merge, function, *arrays):
         of_chunks = reduce(_apart(whole(*chunks)), axis=-1)
         return merge(of_chunks, whole(*rests)) if _has_rest(of_all_classes) else of_chunks
 
-    slow = of_all_classes.shape[-1] > _LONG and is_cut(of_all_classes)
-    return (on_one_cpu(by_chunks, whole) if slow else whole)(*arrays)
+    return (on_one_cpu(by_chunks, whole) if is_cut(of_all_classes) else whole)(*arrays)
 
 
 def below(
@@ -95,25 +94,6 @@ def below(
     return (on_one_cpu(by_chunks, whole) if is_cut(z) else whole)(z, top, *arrays)
 
 
-def argmax(z: jax.Array) -> jax.Array:
-    """Returns the first v with the largest z_v of z [..., V], int[...]."""
-
-    def whole(z):
-        return jnp.argmax(z, axis=-1)
-
-    def by_chunks(z):
-        chunks, rest = _chunks_of(z)
-        maxima = chunks.max(-1)
-        first = whole(maxima)
-        v = chunks.shape[-1] * first + _at_chunk(whole, first, (chunks,))
-        if not _has_rest(z):
-            return v
-        in_rest = z.shape[-1] - rest.shape[-1] + whole(rest)
-        return jnp.where(rest.max(-1) > maxima.max(-1), in_rest, v)
-
-    return (on_one_cpu(by_chunks, whole) if is_cut(z) else whole)(z)
-
-
 def _at_chunk(function, which, chunks):
     """Returns function(*(x[..., which, :] for x in chunks)), a few rows at a time."""
     batch, size = which.shape, which.size
@@ -129,7 +109,7 @@ def _at_chunk(function, which, chunks):
 
         return function(*map(picked, flat))
 
-    width = 3 * sum(x.shape[-1] for x in flat)
+    width = sum(x.shape[-1] for x in flat)
     out = _rows.in_pieces(of_rows, size, width, which)
     return jax.tree.map(lambda x: x.reshape(batch), out)
 
