@@ -245,7 +245,7 @@ def logits_cotangent(
 class _OfRows(NamedTuple):
     """What a cotangent's entries need to know of their example, [..., 1].
 
-    p = exp(z − shift) / normalizer; `top` is the z of which p > 1/2, or NaN, and top_error is its
+    p = exp(z − shift) · scale; `top` is the z of which p > 1/2, or NaN, and top_error is its
     mass · p − t.
     """
 
@@ -253,29 +253,29 @@ class _OfRows(NamedTuple):
     of_lse: jax.Array
     mass: jax.Array
     shift: jax.Array
-    normalizer: jax.Array
+    scale: jax.Array
     top: jax.Array
     top_error: jax.Array
 
 
 def _of_rows(block, loss_cotangent, lse_cotangent):
     shift, top = _shift_and_top(block.m)
-    normalizer = top + block.others
+    scale = 1 / (top + block.others)
     rows = _OfRows(
         loss_cotangent,
         lse_cotangent,
         block.mass,
         shift,
-        normalizer,
+        scale,
         jnp.where(block.others < top, _finite(block.m), jnp.nan),
-        jax.lax.stop_gradient(block.mass_below - block.mass * (block.others / normalizer)),
+        jax.lax.stop_gradient(block.mass_below - block.mass * (block.others * scale)),
     )
     return jax.tree.map(lambda x: x[..., None], rows)
 
 
 def _entries(rows, z, t):
     """Returns the cotangent of logits z [..., J] that hold mass t [..., J], be it near 1."""
-    p = jnp.exp(wide(z) - rows.shift) * (1 / rows.normalizer)
+    p = jnp.exp(wide(z) - rows.shift) * rows.scale
     error = rows.mass * p - t
     # The value of the one, the derivative of the other.
     top_error = rows.top_error + (error - jax.lax.stop_gradient(error))
@@ -296,7 +296,7 @@ def _plain_entries(rows, z, t, left_out=None):
     if left_out is not None:
         exponentials = _masses.without(exponentials, left_out)
     of_p = rows.of_loss * rows.mass + rows.of_lse
-    entries = of_p * (exponentials * (1 / rows.normalizer))
+    entries = of_p * (exponentials * rows.scale)
     return entries if isinstance(t, float) else entries - rows.of_loss * t
 
 
@@ -331,10 +331,12 @@ def _others(logits: jax.Array, m: jax.Array, left_out: jax.Array | None) -> jax.
     if left_out is None:
         others, maxima = _sums.below(lambda z, shift: jnp.exp(z - shift), z, top_z, z, shift)
     else:
-        apart, counts = _masses.at_classes(z, left_out), ~_masses.is_repeated(left_out)
-        others = jnp.where(counts & (apart < top_z), jnp.exp(apart - shift), 0).sum(-1)
+        apart = _masses.at_classes(z, left_out)
+        if left_out.shape[-1] > 1:
+            apart = jnp.where(_masses.is_repeated(left_out), -jnp.inf, apart)
+        others = jnp.where(apart < top_z, jnp.exp(apart - shift), 0).sum(-1)
         others += _sums.total(_masses.without(jnp.exp(z - shift), left_out))
-        maxima = jnp.sum(counts & (apart == top_z), axis=-1, dtype=z.dtype)
+        maxima = jnp.where(apart == top_z, 1.0, 0.0).sum(-1)
     return jnp.maximum(others + (maxima - 1) * top, 0)
 
 

@@ -110,7 +110,16 @@ def total_mass(targets: jax.Array | SparseTargets, num_classes: int) -> jax.Arra
 
 def at_classes(x: jax.Array, indices: jax.Array) -> jax.Array:
     """Returns x[..., indices_k], [..., K], of x [..., V]; the indices must be valid."""
-    return jnp.take_along_axis(x, indices, axis=-1, mode="promise_in_bounds")
+    batch = tuple(range(x.ndim - 1))
+    numbers = jax.lax.GatherDimensionNumbers(
+        offset_dims=(),
+        collapsed_slice_dims=(x.ndim - 1,),
+        start_index_map=(x.ndim - 1,),
+        operand_batching_dims=batch,
+        start_indices_batching_dims=batch,
+    )
+    sizes = (1,) * x.ndim
+    return jax.lax.gather(x, indices[..., None], numbers, sizes, mode="promise_in_bounds")
 
 
 def masked(tree: Any, mask: jax.Array | None) -> Any:
@@ -142,10 +151,15 @@ def background_over(targets: SparseTargets, num_classes: int) -> jax.Array:
 
 def mass_at(targets: SparseTargets, classes: jax.Array, num_classes: int) -> jax.Array:
     """Returns the mass that sparse targets have on classes int[..., J], as float[..., J]."""
-    same = classes[..., :, None] == targets.indices[..., None, :]
-    total = jnp.where(same, targets.weights[..., None, :], 0).sum(-1)
+    if classes is targets.indices and classes.shape[-1] == 1:
+        total = targets.weights
+    else:
+        same = classes[..., :, None] == targets.indices[..., None, :]
+        total = jnp.where(same, targets.weights[..., None, :], 0).sum(-1)
     for mass, distribution in backgrounds(targets, num_classes):
-        total += mass[..., None] * jnp.broadcast_to(distribution, num_classes)[classes]
+        total += mass[..., None] * (
+            distribution if targets.background is None else distribution[classes]
+        )
     return total
 
 

@@ -113,6 +113,8 @@ def _as_classes(name: str, x: ArrayLike) -> jax.Array:
 def _as_int32(x: Any) -> Any:
     """Returns integers, of NumPy or JAX, as the nearest int32."""
     ours, theirs = jnp.iinfo(jnp.int32), jnp.iinfo(x.dtype)
+    if ours.min <= theirs.min and theirs.max <= ours.max:
+        return x.astype(jnp.int32)
     return x.clip(max(ours.min, theirs.min), min(ours.max, theirs.max)).astype(jnp.int32)
 
 
