@@ -6,18 +6,21 @@ logits z and the target mass t on its classes it keeps
     m = max z,   others = Σ_v exp(z_v − shift) − exp(m − shift),
     mass = Σ_v t_v,   mass_below = Σ_{v: z_v < m} t_v,   excess = Σ_v t_v · (m − z_v)
 
-sums of non-negative terms, all of them, and so is what follows once all classes are in one block:
+sums of non-negative terms, all of them (one of the largest exponentials is left out of `others`,
+not subtracted), and so is what follows once all classes are in one block, shift being a function
+of m:
 
+    rest       = others / exp(m − shift) = Σ_v exp(z_v − m) − 1
     lse(z)     = m + log1p(rest)
     loss(z, t) = Σ_v t_v · (lse(z) − z_v) = excess + mass · log1p(rest)
-    p_v        = exp(z_v − m) / (1 + rest)
+    p_v        = exp(z_v − m) / (1 + rest) = exp(z_v − shift) / (exp(m − shift) + others)
     ∂loss/∂z_v = mass · p_v − t_v
                = mass_below − mass · rest / (1 + rest)   for the one class with p_v > 1/2
     ∂loss/∂t_v = lse(z) − z_v
 
-Leaving the largest exponential, which is 1, out of the sum is what keeps a confident prediction
-exact: log1p(rest) and rest / (1 + rest) have full relative precision where lse − z_y and p_y − 1
-cancel to nothing.
+Leaving the largest exponential out of the sum is what keeps a confident prediction exact:
+log1p(rest) and rest / (1 + rest) have full relative precision where lse − z_y and p_y − 1 cancel to
+nothing.
 """
 
 import functools
@@ -226,12 +229,12 @@ def logits_cotangent(
     rows = _of_rows(block, loss_cotangent, lse_cotangent)
     num_classes = logits.shape[-1]
     if not isinstance(targets, SparseTargets):
-        return _entries(rows, logits, targets).astype(logits.dtype)
+        return _all_entries(rows, logits, targets).astype(logits.dtype)
     background = 0.0
     if targets.background_mass is not None:
         background = _masses.background_over(targets, num_classes)
     if not _is_light_elsewhere(targets):
-        elsewhere = _entries(rows, logits, background)
+        elsewhere = _all_entries(rows, logits, background)
     else:
         shared = shares and logits.size > _rows.CACHED  # Fewer are soon computed again.
         left_out = _left_out(logits, targets) if shared else None
@@ -268,7 +271,7 @@ def _of_rows(block, loss_cotangent, lse_cotangent):
         shift,
         scale,
         jnp.where(block.others < top, _finite(block.m), jnp.nan),
-        jax.lax.stop_gradient(block.mass_below - block.mass * (block.others * scale)),
+        block.mass_below - block.mass * jax.lax.stop_gradient(block.others * scale),
     )
     return jax.tree.map(lambda x: x[..., None], rows)
 
@@ -276,11 +279,25 @@ def _of_rows(block, loss_cotangent, lse_cotangent):
 def _entries(rows, z, t):
     """Returns the cotangent of logits z [..., J] that hold mass t [..., J], be it near 1."""
     p = jnp.exp(wide(z) - rows.shift) * rows.scale
-    error = rows.mass * p - t
-    # The value of the one, the derivative of the other.
-    top_error = rows.top_error + (error - jax.lax.stop_gradient(error))
-    error = jnp.where(wide(z) == rows.top, top_error, error)
+    # The value is that of top_error, where it is used; the derivative is that of mass · p − t.
+    of_top = rows.top_error + rows.mass * (p - jax.lax.stop_gradient(p))
+    error = jnp.where(wide(z) == rows.top, of_top, rows.mass * p - t)
     return rows.of_loss * error + rows.of_lse * p
+
+
+def _all_entries(rows, logits, t):
+    """Returns `_entries` of logits [..., V] that hold mass t [..., V], be it near 1."""
+
+    def one_replaced(rows, logits, t):
+        top = _sums.argmax(logits)[..., None]
+        of_top = _entries(rows, _masses.at_classes(logits, top), _masses.at_classes(t, top))
+        plain = _plain_entries(rows, logits, t)
+        return _masses.put_at(plain, top, of_top, plain.dtype)
+
+    # Elsewhere a comparison costs less than to find the top. XLA's CPU backend would make an array
+    # of p, which is used twice.
+    gains = _is_wide(logits) and _sums.is_cut(logits)
+    return (on_one_cpu(one_replaced, _entries) if gains else _entries)(rows, logits, t)
 
 
 def _plain_entries(rows, z, t, left_out=None):

@@ -157,9 +157,8 @@ def mass_at(targets: SparseTargets, classes: jax.Array, num_classes: int) -> jax
         same = classes[..., :, None] == targets.indices[..., None, :]
         total = jnp.where(same, targets.weights[..., None, :], 0).sum(-1)
     for mass, distribution in backgrounds(targets, num_classes):
-        total += mass[..., None] * (
-            distribution if targets.background is None else distribution[classes]
-        )
+        share = distribution if isinstance(distribution, float) else distribution[classes]
+        total += mass[..., None] * share
     return total
 
 

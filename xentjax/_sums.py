@@ -16,8 +16,6 @@ from xentjax._platform import on_one_cpu
 
 # A chunk has so many classes at least and at most, and a row has so many chunks at most, if it can.
 _LEAST, _MOST, _COUNT = 100, 2**13, 128
-# Rows of more classes are slow to reduce.
-_LONG = 2**14
 # What has fewer numbers is soon compared, and sooner compiled as it is.
 _SMALL = 2**14
 
@@ -92,6 +90,25 @@ def below(
         return jax.tree.map(jnp.add, (others, equal), whole(*rests))
 
     return (on_one_cpu(by_chunks, whole) if is_cut(z) else whole)(z, top, *arrays)
+
+
+def argmax(z: jax.Array) -> jax.Array:
+    """Returns the first v with the largest z_v of z [..., V], int[...]."""
+
+    def whole(z):
+        return jnp.argmax(z, axis=-1)
+
+    def by_chunks(z):
+        chunks, rest = _chunks_of(z)
+        maxima = chunks.max(-1)
+        first = whole(maxima)
+        v = chunks.shape[-1] * first + _at_chunk(whole, first, (chunks,))
+        if not _has_rest(z):
+            return v
+        in_rest = z.shape[-1] - rest.shape[-1] + whole(rest)
+        return jnp.where(rest.max(-1) > maxima.max(-1), in_rest, v)
+
+    return (on_one_cpu(by_chunks, whole) if is_cut(z) else whole)(z)
 
 
 def _at_chunk(function, which, chunks):
