@@ -112,6 +112,7 @@ def setting(plan: Plan, arguments: argparse.Namespace) -> dict[str, Any]:
             **{package: version(package) for package in PACKAGES},
         },
         "xla_flags": os.environ.get("XLA_FLAGS"),
+        "glibc_tunables": os.environ.get("GLIBC_TUNABLES"),
         "plan": "quick" if arguments.quick else "full",
         "rounds": arguments.rounds,
         "patience_seconds": plan.patience,

@@ -157,7 +157,7 @@ def mass_at(targets: SparseTargets, classes: jax.Array, num_classes: int) -> jax
         same = classes[..., :, None] == targets.indices[..., None, :]
         total = jnp.where(same, targets.weights[..., None, :], 0).sum(-1)
     for mass, distribution in backgrounds(targets, num_classes):
-        share = distribution if isinstance(distribution, float) else distribution[classes]
+        share = distribution[classes] if isinstance(distribution, jax.Array) else distribution
         total += mass[..., None] * share
     return total
 
