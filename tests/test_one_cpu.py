@@ -28,6 +28,7 @@ def one_cpu(monkeypatch):
     monkeypatch.setattr(_rows, "LARGE", 128)
     monkeypatch.setattr(_masses, "_SMALL", 16)
     monkeypatch.setattr(_sums, "_SMALL", 16)
+    monkeypatch.setattr(_sums, "_LONG", 4)
     monkeypatch.setattr(_sums, "_LEAST", 3)  # So 12 classes are 4 chunks, and 11 leave a rest.
 
     def clear_caches():  # Of what was traced for other devices and sizes.

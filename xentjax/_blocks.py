@@ -110,7 +110,7 @@ def block_of(logits: jax.Array, targets: jax.Array | SparseTargets, shares: bool
 
 
 def _block_at_once(logits, targets):
-    m, *sums = _max_and_target_sums(logits, targets)
+    m, *sums = _max_and_target_sums(logits, targets, before_below=True)
     return Block(m, _others(logits, m, None), *sums)
 
 
@@ -146,9 +146,9 @@ def _by_rows(function: Callable[..., Any]) -> Callable[..., Any]:
     return over_rows
 
 
-def _max_and_target_sums(logits, targets):
+def _max_and_target_sums(logits, targets, before_below=False):
     """Returns m, mass, mass_below and excess."""
-    m = wide(_sums.largest(jax.lax.stop_gradient(logits)))
+    m = wide(_sums.largest(jax.lax.stop_gradient(logits), before_below))
     top = _finite(m)[..., None]
     return (
         m,

@@ -101,7 +101,7 @@ def mass_below(targets: jax.Array | SparseTargets, logits: jax.Array, top: jax.A
 def total_mass(targets: jax.Array | SparseTargets, num_classes: int) -> jax.Array:
     """Returns T = Σ_v t_v, [...]."""
     if not isinstance(targets, SparseTargets):
-        return _sums.total(targets)
+        return _sums.total(targets, before_below=True)
     total = targets.weights.sum(-1)
     for mass, distribution in backgrounds(targets, num_classes):
         total += mass if targets.background is None else mass * jnp.sum(distribution)
@@ -179,15 +179,15 @@ def put_at(
 ) -> jax.Array:
     """Returns x [..., V] with x[..., indices_k] = values_k; equal indices have equal values.
 
-    A choice in the loop that writes x is what compilers fuse best; but XLA's CPU backend takes no
-    time to scatter a few values into a large x, if it need not be converted to `dtype` after that.
+    A choice in the loop that writes x is what compilers fuse best. XLA's CPU backend takes no time
+    to scatter a few values into a large x, if it need not be converted after that; and a small x
+    that is converted is written by one thread then, as by two it would take longer.
     """
+    converted, large = x.dtype != dtype, x.size >= _SMALL
     if indices.shape[-1] > _FEW:
         function = _scattered
-    elif x.dtype == dtype and x.size >= _SMALL:
-        function = on_one_cpu(_scattered, _chosen)
     else:
-        function = _chosen
+        function = on_one_cpu(_scattered, _chosen) if large != converted else _chosen
     return function(x, indices, values).astype(dtype)
 
 

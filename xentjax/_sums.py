@@ -16,6 +16,8 @@ from xentjax._platform import on_one_cpu
 
 # A chunk has so many classes at least and at most, and a row has so many chunks at most, if it can.
 _LEAST, _MOST, _COUNT = 100, 2**13, 128
+# Rows of more classes are slow to reduce.
+_LONG = 2**14
 # What has fewer numbers is soon compared, and sooner compiled as it is.
 _SMALL = 2**14
 
@@ -30,21 +32,22 @@ def over_classes(function: Callable[..., jax.Array], *arrays: jax.Array) -> jax.
     return _apart(_reduced(jnp.sum, jnp.add, function, *arrays))
 
 
-def largest(x: jax.Array) -> jax.Array:
-    """Returns max_v x_v of x [..., V]."""
-    return _reduced(jnp.max, jnp.maximum, _itself, x)
+def largest(x: jax.Array, before_below: bool = False) -> jax.Array:
+    """Returns max_v x_v of x [..., V]; `below` makes the same chunks' maxima, if it follows."""
+    return _reduced(jnp.max, jnp.maximum, _itself, x, always=before_below)
 
 
-def total(x: jax.Array) -> jax.Array:
-    """Returns Σ_v x_v of x [..., V]."""
-    return over_classes(_itself, x)
+def total(x: jax.Array, before_below: bool = False) -> jax.Array:
+    """Returns Σ_v x_v of x [..., V]; `below` makes the same chunks' sums, if it follows."""
+    return _apart(_reduced(jnp.sum, jnp.add, _itself, x, always=before_below))
 
 
 def _itself(x):
     return x
 
 
-def _reduced(reduce, merge, function, *arrays):
+def _reduced(reduce, merge, function, *arrays, always=False):
+    """Reduces in chunks if rows are long, and `always` if they are cut at all."""
     of_all_classes = max(arrays, key=jnp.size)
 
     def whole(*arrays):
@@ -55,7 +58,8 @@ def _reduced(reduce, merge, function, *arrays):
         of_chunks = reduce(_apart(whole(*chunks)), axis=-1)
         return merge(of_chunks, whole(*rests)) if _has_rest(of_all_classes) else of_chunks
 
-    return (on_one_cpu(by_chunks, whole) if is_cut(of_all_classes) else whole)(*arrays)
+    chunked = is_cut(of_all_classes) and (always or of_all_classes.shape[-1] > _LONG)
+    return (on_one_cpu(by_chunks, whole) if chunked else whole)(*arrays)
 
 
 def below(
