@@ -230,7 +230,7 @@ def logits_cotangent(
     num_classes = logits.shape[-1]
     if not isinstance(targets, SparseTargets):
         return _all_entries(rows, logits, targets).astype(logits.dtype)
-    background = 0.0
+    background = None
     if targets.background_mass is not None:
         background = _masses.background_over(targets, num_classes)
     if not _is_light_elsewhere(targets):
@@ -306,7 +306,7 @@ def _plain_entries(rows, z, t, left_out=None):
     Args:
       rows: What they need to know of their example.
       z: [..., J].
-      t: The mass that they hold, [..., J] or [..., 1]; 0.0 if they hold none.
+      t: The mass that they hold, [..., J] or [..., 1]; None if they hold none.
       left_out: Classes whose exponentials are taken to be 0; None: none.
     """
     exponentials = jnp.exp(wide(z) - rows.shift)
@@ -314,7 +314,7 @@ def _plain_entries(rows, z, t, left_out=None):
         exponentials = _masses.without(exponentials, left_out)
     of_p = rows.of_loss * rows.mass + rows.of_lse
     entries = of_p * (exponentials * rows.scale)
-    return entries if isinstance(t, float) else entries - rows.of_loss * t
+    return entries if t is None else entries - rows.of_loss * t
 
 
 def targets_cotangent(
@@ -349,8 +349,7 @@ def _others(logits: jax.Array, m: jax.Array, left_out: jax.Array | None) -> jax.
         others, maxima = _sums.below(lambda z, shift: jnp.exp(z - shift), z, top_z, z, shift)
     else:
         apart = _masses.at_classes(z, left_out)
-        if left_out.shape[-1] > 1:
-            apart = jnp.where(_masses.is_repeated(left_out), -jnp.inf, apart)
+        apart = jnp.where(_masses.is_repeated(left_out), -jnp.inf, apart)
         others = jnp.where(apart < top_z, jnp.exp(apart - shift), 0).sum(-1)
         others += _sums.total(_masses.without(jnp.exp(z - shift), left_out))
         maxima = jnp.where(apart == top_z, 1.0, 0.0).sum(-1)

@@ -151,11 +151,8 @@ def background_over(targets: SparseTargets, num_classes: int) -> jax.Array:
 
 def mass_at(targets: SparseTargets, classes: jax.Array, num_classes: int) -> jax.Array:
     """Returns the mass that sparse targets have on classes int[..., J], as float[..., J]."""
-    if classes is targets.indices and classes.shape[-1] == 1:
-        total = targets.weights
-    else:
-        same = classes[..., :, None] == targets.indices[..., None, :]
-        total = jnp.where(same, targets.weights[..., None, :], 0).sum(-1)
+    same = classes[..., :, None] == targets.indices[..., None, :]
+    total = jnp.where(same, targets.weights[..., None, :], 0).sum(-1)
     for mass, distribution in backgrounds(targets, num_classes):
         share = distribution[classes] if isinstance(distribution, jax.Array) else distribution
         total += mass[..., None] * share

@@ -22,14 +22,17 @@ _LONG = 2**14
 _SMALL = 2**14
 
 
-def over_classes(function: Callable[..., jax.Array], *arrays: jax.Array) -> jax.Array:
+def over_classes(
+    function: Callable[..., jax.Array], *arrays: jax.Array, before_below: bool = False
+) -> jax.Array:
     """Returns Σ_v function(*arrays)_v, [...].
 
     Args:
       function: Elementwise; it closes over no arrays.
       arrays: [..., V] or [..., 1], as they broadcast.
+      before_below: Whether `below` follows, which makes the same chunks' sums.
     """
-    return _apart(_reduced(jnp.sum, jnp.add, function, *arrays))
+    return _apart(_reduced(jnp.sum, jnp.add, function, *arrays, always=before_below))
 
 
 def largest(x: jax.Array, before_below: bool = False) -> jax.Array:
@@ -38,8 +41,8 @@ def largest(x: jax.Array, before_below: bool = False) -> jax.Array:
 
 
 def total(x: jax.Array, before_below: bool = False) -> jax.Array:
-    """Returns Σ_v x_v of x [..., V]; `below` makes the same chunks' sums, if it follows."""
-    return _apart(_reduced(jnp.sum, jnp.add, _itself, x, always=before_below))
+    """Returns Σ_v x_v of x [..., V], as `over_classes` does."""
+    return over_classes(_itself, x, before_below=before_below)
 
 
 def _itself(x):
