@@ -1,4 +1,4 @@
-"""What is done on one CPU alone: loops over rows, chunks of classes, and scattered values."""
+"""What is done on one CPU alone: a guess, loops over rows, chunks of classes, scattered values."""
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ from cases import (
 )
 
 import xentjax
-from xentjax import _masses, _rows, _sums
+from xentjax import _one_cpu, _rows
 from xentjax._platform import on_one_cpu
 
 
@@ -26,13 +26,12 @@ def one_cpu(monkeypatch):
     monkeypatch.setattr(jax, "device_count", lambda *_: 1)
     monkeypatch.setattr(_rows, "CACHED", 64)  # A few rows at a time, and fewer in the end.
     monkeypatch.setattr(_rows, "LARGE", 128)
-    monkeypatch.setattr(_masses, "_SMALL", 16)
-    monkeypatch.setattr(_sums, "_SMALL", 16)
-    monkeypatch.setattr(_sums, "_LONG", 4)
-    monkeypatch.setattr(_sums, "_LEAST", 3)  # So 12 classes are 4 chunks, and 11 leave a rest.
+    monkeypatch.setattr(_one_cpu, "_SMALL", 16)
+    monkeypatch.setattr(_one_cpu, "_FEW", 2)  # Whose largest is far from that of all.
+    monkeypatch.setattr(_one_cpu, "_LEAST", 3)  # So 12 classes are 4 chunks, and 11 are one.
 
     def clear_caches():  # Of what was traced for other devices and sizes.
-        _sums._even.cache_clear()
+        _one_cpu._length.cache_clear()
         jax.clear_caches()
 
     clear_caches()
@@ -102,6 +101,38 @@ def test_confident_dense_targets_are_as_exact_as_labels(num_classes):
         np.testing.assert_allclose(actual, desired, rtol=1e-6)
 
 
+# What is added to the first two logits, of which the shift is guessed, to the third, and to others.
+MOVES = [
+    (300, 300, 300),
+    (-200, -200, -200),
+    (-1e9, 0, 0),
+    (-3e38, 0, 0),
+    (-60, 0, 0),
+    (0, 75, 0),
+    (75, 0, 0),
+    (-30, 40, -30),
+    (-30, 0, -30),
+    (-75, 0, -75),
+    (-100, -25, -100),
+]
+
+
+@pytest.mark.usefixtures("one_cpu")
+@pytest.mark.parametrize("num_classes", [11, 12])
+def test_a_shift_that_is_not_guessed(num_classes):
+    rng = np.random.default_rng(4)
+    logits = rng.normal(size=(len(MOVES), num_classes)) * 2
+    logits += np.repeat(MOVES, [2, 1, num_classes - 3], axis=1)
+    logits = logits.astype(np.float32)
+    for labels in logits.argmax(-1), np.full(len(logits), num_classes - 1):
+        assert_exact(logits, labels)
+        desired = loss_and_gradient(logits, labels)
+        impossible = np.where(logits < -1e38, -INF, logits)
+        dense = xentjax.dense_targets(labels, num_classes)
+        for actual in loss_and_gradient(impossible, labels), loss_and_gradient(logits, dense):
+            jax.tree.map(lambda a, d: np.testing.assert_allclose(a, d, rtol=1e-6), actual, desired)
+
+
 @pytest.mark.usefixtures("one_cpu")
 @pytest.mark.parametrize("num_classes", [11, 12])
 def test_two_largest_logits_in_any_chunks(num_classes):
@@ -153,12 +184,15 @@ def test_elsewhere_it_is_the_default(monkeypatch):
     def add(x):
         return x + 1
 
-    assert on_one_cpu(jnp.negative, add)(1) == 2  # Of eight devices.
+    def call():
+        return on_one_cpu(jnp.negative, add, lambda _, x: add(x))(1)
+
+    assert call() == 2  # Of eight devices.
     monkeypatch.setattr(jax, "device_count", lambda *_: 1)
-    assert on_one_cpu(jnp.negative, add)(1) == -1
+    assert call() == -1
 
     def no_cpu(*_):
         raise RuntimeError("Unknown backend cpu")
 
     monkeypatch.setattr(jax, "device_count", no_cpu)
-    assert on_one_cpu(jnp.negative, add)(1) == 2
+    assert call() == 2

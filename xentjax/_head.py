@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from xentjax import _blocks, _masses, _mesh, _rows
+from xentjax import _blocks, _masses, _mesh, _platform, _rows
 from xentjax._blocks import Block, wide_dtype
 from xentjax._custom_vjp import custom_vjp
 from xentjax._targets import SparseTargets
@@ -88,9 +88,9 @@ def _losses_fwd(head, live, inputs, params, targets, mask):
             block, stats = carry
             p, t_block = _of_classes(head, params, t, keep, start, size)
             logits = head.transform(_raw_logits(head, x, p), *p.constants)
-            new = _blocks.block_of(logits, t_block)
+            new = _platform.block_of(logits, t_block)
             if head.with_stats:
-                stats = _merge_stats(head, stats, block, params, logits, t, start)
+                stats = _merge_stats(head, stats, params, logits, t, start)
             return _blocks.merge(block, new), stats
 
         return _put(
@@ -109,19 +109,24 @@ def _losses_fwd(head, live, inputs, params, targets, mask):
 class _Stats(NamedTuple):
     """What is known of the classes so far, beside their Block."""
 
+    largest: jax.Array  # The largest logit, and whose it is.
     prediction: jax.Array  # As a float: exact below 2²⁴ classes.
     label: Block  # Under the target that is the heaviest class alone.
 
 
-def _merge_stats(head, stats, block, params, logits, targets, start):
-    """Returns the stats of the classes so far, whose Block is `block`, and of those of logits."""
+def _merge_stats(head, stats, params, logits, targets, start):
+    """Returns the stats of the classes so far and of those of logits."""
     num_classes = params.kernel.shape[head.class_axis]
     heaviest = _masses.heaviest_class(targets, num_classes)[:, None]
-    label = SparseTargets(heaviest, jnp.ones(heaviest.shape, block.m.dtype))
+    label = SparseTargets(heaviest, jnp.ones(heaviest.shape, logits.dtype))
     label = _masses.targets_of_block(label, start, logits.shape[-1], num_classes)
-    best = (start + jnp.argmax(logits, axis=-1)).astype(block.m.dtype)
-    prediction = jnp.where(logits.max(-1) > block.m, best, stats.prediction)
-    return _Stats(prediction, _blocks.merge(stats.label, _blocks.block_of(logits, label)))
+    largest = logits.max(-1)
+    best = (start + jnp.argmax(logits, axis=-1)).astype(largest.dtype)
+    prediction = jnp.where(largest > stats.largest, best, stats.prediction)
+    largest = jnp.maximum(largest, stats.largest)
+    return _Stats(
+        largest, prediction, _blocks.merge(stats.label, _platform.block_of(logits, label))
+    )
 
 
 def _losses_bwd(head, live, residuals, cotangent, times=1):
@@ -253,7 +258,7 @@ def _losses_and_cotangents(head, live, inputs, params, targets, mask, coefficien
             kept, block = carry
             p, t_block = _of_classes(head, params, t, keep, start, size)
             raw = _raw_logits(head, x, p)
-            new = _blocks.block_of(head.transform(raw, *p.constants), t_block)
+            new = _platform.block_of(head.transform(raw, *p.constants), t_block)
             return _put(kept, raw, start, 1), _blocks.merge(block, new)
 
         dtype = wide_dtype(params.kernel.dtype, inputs.dtype)
@@ -304,7 +309,7 @@ def _pull_back(head, live, inputs, params, raw, block, targets, cotangent):
     live_inputs, live_params = live[:2]
     logits, transpose = jax.vjp(head.transform, raw, *params.constants)
     raw_cotangent, *constants = transpose(
-        _blocks.logits_cotangent(block, logits, targets, *cotangent)
+        _platform.logits_cotangent(block, logits, targets, *cotangent)
     )
     dtype = jnp.promote_types(inputs.dtype, params.kernel.dtype)
     operand = raw_cotangent.astype(dtype)
@@ -399,8 +404,9 @@ def _no_classes(head: Head, inputs: jax.Array, params: Params) -> tuple[Block, _
     """Returns the Block of no classes at all, for each of the inputs, and the stats if wanted."""
     dtype = wide_dtype(inputs.dtype, params.kernel.dtype)
     zeros = _zeros(inputs.shape[:1], dtype, inputs)
-    block = Block(zeros - jnp.inf, zeros, zeros, zeros, zeros)
-    return block, _Stats(zeros, block) if head.with_stats else None
+    nothing = zeros - jnp.inf
+    block = Block(zeros, nothing, zeros, zeros, zeros, zeros)
+    return block, _Stats(nothing, zeros, block) if head.with_stats else None
 
 
 def _cast_like(tree: Any, like: Any) -> Any:

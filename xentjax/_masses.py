@@ -11,8 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from xentjax import _sums, _targets
-from xentjax._platform import on_one_cpu
+from xentjax import _targets
 from xentjax._targets import SparseTargets
 
 
@@ -37,11 +36,47 @@ def times_mass(mass: jax.Array | float, cost: jax.Array) -> jax.Array:
     return mass * jnp.where((mass == 0) & jnp.isposinf(cost), 0, cost)
 
 
+class Sums:
+    """Sums over classes, as they are written; `_one_cpu` has others, in another order.
+
+    Functions given are elementwise and close over no arrays; arrays are [..., V], or [..., 1] and
+    what else broadcasts; sums are [...].
+    """
+
+    def over_classes(self, function: Callable[..., jax.Array], *arrays: jax.Array) -> jax.Array:
+        """Returns Σ_v function(*arrays)_v."""
+        return opaque(function(*arrays).sum(-1))
+
+    def expectation(
+        self, t: jax.Array, cost: Callable[..., jax.Array], z: jax.Array, *rows: jax.Array
+    ) -> jax.Array:
+        """Returns Σ_v t_v · cost(z, *rows)_v, with 0 · inf = 0."""
+        return opaque(times_mass(t, cost(z, *rows)).sum(-1))
+
+    def below(self, t: jax.Array, z: jax.Array, top: jax.Array) -> jax.Array:
+        """Returns Σ_{v: z_v < top} t_v, where one z alone is the largest: top, [..., 1]."""
+        return opaque(jnp.where(z < top, t, 0).sum(-1))
+
+
+SUMS = Sums()
+
+
+def opaque(x: jax.Array) -> jax.Array:
+    """Returns x, of which the compiler does not know that it is x.
+
+    XLA's CPU backend makes one kernel of a sum and those after it, be it the sum over chunks or the
+    mean of the losses, and that is slow, or runs on one core. A choice between a number and itself
+    keeps them apart.
+    """
+    return jnp.where(jnp.isnan(x), jnp.nan, x)
+
+
 def expectation(
     targets: jax.Array | SparseTargets,
     logits: jax.Array,
     cost: Callable[..., jax.Array],
     *rows: jax.Array,
+    sums: Sums = SUMS,
 ) -> jax.Array:
     """Returns Σ_v t_v · cost(z, *rows)_v, [...]: every cross-entropy is this one sum.
 
@@ -52,56 +87,42 @@ def expectation(
       logits: z, [..., V].
       cost: Elementwise; it closes over no arrays.
       rows: What the cost needs to know of each example, [..., 1].
+      sums: How sums over all classes are made.
     """
-
-    def of_all(t):
-        return _all_times_mass(cost, t, logits, *rows)
-
     if not isinstance(targets, SparseTargets):
-        return of_all(targets)
+        return sums.expectation(targets, cost, logits, *rows)
     picked = at_classes(logits, targets.indices)
     total = times_mass(targets.weights, cost(picked, *rows)).sum(-1)
     for mass, distribution in backgrounds(targets, logits.shape[-1]):
-        if targets.background is None:
-            total += times_mass(mass * distribution, _sums.over_classes(cost, logits, *rows))
+        if isinstance(distribution, jax.Array):
+            total += times_mass(mass, sums.expectation(distribution, cost, logits, *rows))
         else:
-            total += times_mass(mass, of_all(distribution))
+            total += times_mass(mass * distribution, sums.over_classes(cost, logits, *rows))
     return total
 
 
-def _all_times_mass(cost, *arrays):
-    """Returns Σ_v t_v · cost(z, *rows)_v, [...], of (t, z, *rows), with 0 · inf = 0."""
-
-    def safe(*arrays):
-        return _sums.over_classes(lambda t, *zs: times_mass(t, cost(*zs)), *arrays)
-
-    def quick(*arrays):
-        """XLA's CPU backend sums in half the time without a choice; NaN tells it needs one."""
-        total = _sums.over_classes(lambda t, *zs: t * cost(*zs), *arrays)
-        return jax.lax.cond(jnp.isnan(total).any(), safe, lambda *_: total, *arrays)
-
-    return (on_one_cpu(quick, safe) if _sums.is_cut(arrays[1]) else safe)(*arrays)
-
-
-def mass_below(targets: jax.Array | SparseTargets, logits: jax.Array, top: jax.Array) -> jax.Array:
+def mass_below(
+    targets: jax.Array | SparseTargets, logits: jax.Array, top: jax.Array, sums: Sums = SUMS
+) -> jax.Array:
     """Returns Σ_{v: z_v < m} t_v, [...], where one class alone has the largest logit m = top."""
-
-    def of_all(t):
-        return _sums.below(lambda t: t, logits, top, jnp.broadcast_to(t, logits.shape))[0]
-
     if not isinstance(targets, SparseTargets):
-        return of_all(targets)
+        return sums.below(targets, logits, top)
     picked = at_classes(logits, targets.indices)
     total = jnp.where(picked < top, targets.weights, 0).sum(-1)
     for mass, distribution in backgrounds(targets, logits.shape[-1]):
-        total += mass * (1 - distribution if targets.background is None else of_all(distribution))
+        if isinstance(distribution, jax.Array):
+            total += mass * sums.below(distribution, logits, top)
+        else:
+            total += mass * (1 - distribution)
     return total
 
 
-def total_mass(targets: jax.Array | SparseTargets, num_classes: int) -> jax.Array:
+def total_mass(
+    targets: jax.Array | SparseTargets, num_classes: int, sums: Sums = SUMS
+) -> jax.Array:
     """Returns T = Σ_v t_v, [...]."""
     if not isinstance(targets, SparseTargets):
-        return _sums.total(targets, before_below=True)
+        return sums.over_classes(lambda t: t, targets)
     total = targets.weights.sum(-1)
     for mass, distribution in backgrounds(targets, num_classes):
         total += mass if targets.background is None else mass * jnp.sum(distribution)
@@ -141,11 +162,12 @@ def kept(
     return targets
 
 
-def background_over(targets: SparseTargets, num_classes: int) -> jax.Array:
-    """Returns the background's mass on every class, [..., V], or [..., 1] where it is uniform."""
-    total = jnp.zeros((*targets.indices.shape[:-1], 1), targets.weights.dtype)
+def background_over(targets: SparseTargets, num_classes: int) -> jax.Array | None:
+    """Returns the background's mass on every class: [..., V], [..., 1] if uniform, None if none."""
+    total = None
     for mass, distribution in backgrounds(targets, num_classes):
-        total = total + mass[..., None] * distribution
+        added = mass[..., None] * distribution
+        total = added if total is None else total + added
     return total
 
 
@@ -166,49 +188,39 @@ def is_heaviest(targets, prediction, num_classes):
         return held == targets.max(-1)
 
     heaviest = mass_at(targets, targets.indices, num_classes).max(-1, initial=0)
-    background = background_over(targets, num_classes)  # It may be the heaviest alone.
-    heaviest = jnp.maximum(heaviest, jnp.max(background, axis=-1))
+    background = background_over(targets, num_classes)
+    if background is not None:  # It may be the heaviest alone.
+        heaviest = jnp.maximum(heaviest, background.max(-1))
     return mass_at(targets, prediction[..., None], num_classes)[..., 0] >= heaviest
 
 
-def put_at(
-    x: jax.Array, indices: jax.Array, values: jax.Array, dtype: jax.typing.DTypeLike
-) -> jax.Array:
+def put_at(x: jax.Array, indices: jax.Array, values: jax.Array) -> jax.Array:
     """Returns x [..., V] with x[..., indices_k] = values_k; equal indices have equal values.
 
-    A choice in the loop that writes x is what compilers fuse best. XLA's CPU backend takes no time
-    to scatter a few values into a large x, if it need not be converted after that; and a small x
-    that is converted is written by one thread then, as by two it would take longer.
+    A choice in the loop that writes x is what compilers fuse best, if there are few of them.
     """
-    converted, large = x.dtype != dtype, x.size >= _SMALL
-    if indices.shape[-1] > _FEW:
-        function = _scattered
-    else:
-        function = on_one_cpu(_scattered, _chosen) if large != converted else _chosen
-    return function(x, indices, values).astype(dtype)
-
-
-def without(x: jax.Array, indices: jax.Array) -> jax.Array:
-    """Returns x [..., V] with x[..., indices_k] = 0."""
-    return put_at(x, indices, jnp.zeros(indices.shape, x.dtype), x.dtype)
-
-
-def _chosen(x, indices, values):
+    if indices.shape[-1] > FEW:
+        return scattered(x, indices, values)
     classes = jax.lax.broadcasted_iota(indices.dtype, x.shape, x.ndim - 1)
     for k in range(indices.shape[-1]):
         x = jnp.where(classes == indices[..., k, None], values[..., k, None], x)
     return x
 
 
-def _scattered(x, indices, values):
+FEW = 4
+
+
+def scattered(x: jax.Array, indices: jax.Array, values: jax.Array) -> jax.Array:
+    """Returns what `put_at` does, in place of x if it can be."""
     # The scatter's transpose needs distinct indices: repeats go out of range and are dropped.
     out_of_range = x.shape[-1] + jnp.arange(indices.shape[-1])
     indices = jnp.where(is_repeated(indices), out_of_range, indices)
     return x.at[rows_and(indices)].set(values, mode="drop", unique_indices=True)
 
 
-# Up to so many classes a choice costs less than a scatter, and up to such a size of x zeros do.
-_FEW, _SMALL = 4, 2**14
+def at_distinct(x: jax.Array, indices: jax.Array) -> jax.Array:
+    """Returns x[..., indices_k], with −inf in the place of an index that was there before."""
+    return jnp.where(is_repeated(indices), -jnp.inf, at_classes(x, indices))
 
 
 def is_repeated(indices: jax.Array) -> jax.Array:

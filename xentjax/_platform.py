@@ -1,19 +1,69 @@
 """The one place where platforms are told apart."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 
+from xentjax import _blocks, _one_cpu
+from xentjax._blocks import Block
+from xentjax._targets import SparseTargets
 
-def on_one_cpu(function: Callable[..., Any], default: Callable[..., Any]) -> Callable[..., Any]:
+
+def block_of(logits: jax.Array, targets: jax.Array | SparseTargets, shares: bool = False) -> Block:
+    """Returns the Block of logits [..., V] under the target mass on those V classes.
+
+    Args:
+      logits: [..., V].
+      targets: The mass on those classes, ready for arithmetic.
+      shares: Whether `logits_cotangent` of the same arguments follows.
+    """
+    if not _one_cpu.gains(logits, targets):
+        return _blocks.block_of(logits, targets)
+    on_cpu = functools.partial(_one_cpu.block_of, shares=shares)
+
+    def derived(block, logits, targets):
+        return _blocks.block_at(block.shift, block.m, logits, targets)
+
+    return on_one_cpu(on_cpu, _blocks.block_of, derived)(logits, targets)
+
+
+def logits_cotangent(
+    block: Block,
+    logits: jax.Array,
+    targets: jax.Array | SparseTargets,
+    loss_cotangent: jax.Array,
+    lse_cotangent: jax.Array,
+    shares: bool = False,
+) -> jax.Array:
+    """Returns loss_cotangent · (mass · p − t) + lse_cotangent · p, [..., V].
+
+    Args:
+      block: Of all classes, each field [...].
+      logits: Those of some classes, [..., V].
+      targets: The mass on those classes.
+      loss_cotangent: [...].
+      lse_cotangent: [...].
+      shares: Whether `block_of` of the same logits and targets made the block.
+    """
+    default = function = _blocks.logits_cotangent
+    if _one_cpu.gains(logits, targets):
+        on_cpu = functools.partial(_one_cpu.logits_cotangent, shares=shares)
+        function = on_one_cpu(on_cpu, default, lambda _, *args: default(*args))
+    return function(block, logits, targets, loss_cotangent, lse_cotangent)
+
+
+def on_one_cpu(
+    function: Callable[..., Any], default: Callable[..., Any], derived: Callable[..., Any]
+) -> Callable[..., Any]:
     """Returns `function` where what runs it is a CPU, one device alone, and `default` elsewhere.
 
     XLA's CPU backend wants memory to be read a few rows at a time, and loops that are simple. Other
     compilers want what they can fuse, and arrays that are split over devices must not be sliced.
 
-    Both give the same, and the derivative of either is that of `default`: JAX 0.10 forgets the
-    derivative rules of what is in a loop when it differentiates it a second time.
+    Neither is differentiated: JAX 0.10 forgets the derivative rules of what is in a loop when it
+    differentiates it a second time. `derived(out, *args)` has the derivative of out.
     """
     try:
         alone = jax.device_count("cpu") == 1
@@ -28,6 +78,7 @@ def on_one_cpu(function: Callable[..., Any], default: Callable[..., Any]) -> Cal
 
     @either.defjvp
     def _(primals, tangents):
-        return either(*primals), jax.jvp(default, primals, tangents)[1]
+        out = either(*primals)
+        return out, jax.jvp(functools.partial(derived, out), primals, tangents)[1]
 
     return either

@@ -256,8 +256,10 @@ def dense_targets(targets: Targets, num_classes: int) -> jax.Array:
     if not isinstance(targets, SparseTargets):
         return targets
     valid = _targets.is_valid(targets.indices, num_classes).all(-1, keepdims=True)
-    dense = _masses.background_over(targets, num_classes)
+    background = _masses.background_over(targets, num_classes)
+    if background is None:
+        background = jnp.zeros((), targets.weights.dtype)
     dense = jnp.broadcast_to(
-        jnp.where(valid, dense, jnp.nan), (*_targets.batch_of(targets), num_classes)
+        jnp.where(valid, background, jnp.nan), (*_targets.batch_of(targets), num_classes)
     )
     return dense.at[_masses.rows_and(targets.indices)].add(targets.weights, mode="drop")

@@ -11,7 +11,7 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
-from xentjax import _blocks, _checks, _masses, _mesh, _targets
+from xentjax import _blocks, _checks, _masses, _mesh, _platform, _targets
 from xentjax._custom_vjp import custom_vjp
 from xentjax._targets import SparseTargets, Targets
 
@@ -216,7 +216,7 @@ def _cross_entropy_fwd(live, logits, targets, mask):
 @functools.partial(jax.jit, static_argnames="shares", inline=True)
 def _forward(logits, targets, mask, shares):
     kept = _masses.kept(targets, mask, _blocks.wide_dtype(logits.dtype))
-    block = _blocks.block_of(logits, kept, shares)
+    block = _platform.block_of(logits, kept, shares)
     return _masses.masked((block.loss, block.log_normalizer), mask), block
 
 
@@ -233,7 +233,7 @@ def _backward(residuals, cotangent, live_logits, live_targets, axes):
     cotangent = _masses.masked(cotangent, mask)
     logits_cotangent = targets_cotangent = None
     if live_logits:
-        logits_cotangent = _blocks.logits_cotangent(
+        logits_cotangent = _platform.logits_cotangent(
             block, logits, prepare(targets), *cotangent, shares=not axes
         )
         logits_cotangent = _masses.masked(logits_cotangent, mask)
@@ -253,7 +253,7 @@ _cross_entropy = custom_vjp(_cross_entropy_value, _cross_entropy_fwd, cross_entr
 def _block_without_targets(logits):
     """Returns the Block of logits that no target is set for."""
     none = jnp.zeros((*logits.shape[:-1], 0))
-    return _blocks.block_of(logits, SparseTargets(none.astype(jnp.int32), none))
+    return _platform.block_of(logits, SparseTargets(none.astype(jnp.int32), none))
 
 
 def surprisals(logits: jax.Array, axes: tuple[int, ...]) -> jax.Array:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float
 
-from xentjax import _blocks, _checks, _linear, _masses, _mesh, _softmax, _targets
+from xentjax import _blocks, _checks, _linear, _masses, _mesh, _platform, _softmax, _targets
 from xentjax._custom_vjp import custom_vjp
 from xentjax._logit_transform import LogitTransform
 from xentjax._mesh import AxisName
@@ -189,7 +189,7 @@ def _cross_entropy_over(axes: tuple[Hashable, ...]) -> Callable[..., jax.Array]:
     def fwd(live, logits, targets, mask):
         del live
         kept = _masses.kept(targets, mask, _blocks.wide_dtype(logits.dtype))
-        block = _blocks.merge_over(_blocks.block_of(logits, kept), axes)
+        block = _blocks.merge_over(_platform.block_of(logits, kept), axes)
         return _masses.masked(block.loss, mask), (logits, targets, mask, block)
 
     def bwd(live, residuals, cotangent):
