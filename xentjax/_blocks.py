@@ -287,7 +287,7 @@ def _others(
     if apart is not None:
         elsewhere = _masses.put_at(e, apart, jnp.zeros(apart.shape, e.dtype))
         elsewhere = _masses.opaque(elsewhere.sum(-1))
-        return others_apart(elsewhere, wide(_masses.at_distinct(logits, apart)), m, shift)
+        return others_apart(elsewhere, _masses.at_distinct(wide(logits), apart), m, shift)
     z, top_z = wide(logits), finite(m)[..., None]
     below = _masses.opaque(jnp.where(z < top_z, e, 0).sum(-1))
     return with_ties(below, jnp.where(z == top_z, 1.0, 0.0).sum(-1), m, shift)

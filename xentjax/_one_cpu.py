@@ -40,11 +40,14 @@ def block_of(logits: jax.Array, targets: jax.Array | SparseTargets, shares: bool
       targets: The mass on those classes, ready for arithmetic.
       shares: Whether `logits_cotangent` of the same arguments follows.
     """
-    apart = _apart_of(logits, targets) if shares else None
+    apart = _apart_of(logits, targets, shares)
     if _is_guessed(logits, targets, apart):
-        return _block_by_guess(logits, targets, apart)
+        if apart is None:
+            return _block_by_guess(logits, targets, shares)
+        return _block_by_guess_apart(logits, targets, apart)
     if apart is not None:
-        return _block_by_largest(logits, targets, apart)
+        shift = _shift(logits)
+        return _block_apart(shift, _sum_elsewhere(shift, logits, apart), logits, targets, apart)
     if _is_simple(logits, targets):
         return _blocks.block_of(logits, targets)
     by_rows = _by_rows(_block_by_largest if _has_chunks(logits) else _blocks.block_of)
@@ -70,7 +73,7 @@ def logits_cotangent(
       shares: Whether `block_of` of the same logits and targets made the block.
     """
     rows = _blocks.cotangent_rows(block, loss_cotangent, lse_cotangent)
-    apart = _apart_of(logits, targets) if shares else None
+    apart = _apart_of(logits, targets, shares)
     if shares and _is_guessed(logits, targets, apart):
         e = _shared(block.shift, logits, apart)
     else:
@@ -94,35 +97,31 @@ def _entries(rows, e, z, t):
     return jnp.where(wide(z) == rows.top, rows.top_entry, _blocks.plain_entries(rows, e, t))
 
 
-def _apart_of(logits, targets):
+def _apart_of(logits, targets, shares):
     """Returns the classes [..., K] taken out of the sum before it is made; None: the largest is.
 
-    To take the heavy classes out costs less, if the exponentials are an array; of many narrow
-    logits they shall not be one.
+    To take the heavy classes out costs less, if the exponentials are an array.
     """
-    gains = logits.size > _rows.CACHED or _has_chunks(logits)
-    fits = _is_wide(logits) or logits.size < _rows.LARGE
-    return _blocks.heavy_classes(targets) if gains and fits else None
+    makes_array = shares or logits.size <= _rows.CACHED
+    fits = logits.size >= _SMALL and (_is_wide(logits) or logits.size < _rows.LARGE)
+    return _blocks.heavy_classes(targets) if makes_array and fits else None
 
 
 def _is_simple(logits, targets):
     """Returns whether the formula as it stands is as good: it makes an array, but no large one."""
     if not isinstance(targets, SparseTargets) or targets.background is not None:
         return False
-    if _is_wide(logits):
-        fits = logits.size <= _rows.CACHED or not _has_chunks(logits)
-    else:
-        fits = targets.background_mass is None
-    return fits and logits.size < _rows.LARGE
+    once = not _has_chunks(logits) if _is_wide(logits) else targets.background_mass is None
+    return logits.size < _SMALL or (once and logits.size < _rows.LARGE)
 
 
 def _is_guessed(logits, targets, apart):
-    """Returns whether all logits are looked at at once, and their shift is guessed."""
-    if not _is_wide(logits) or apart is not None:
-        return _is_wide(logits)
+    """Returns whether the shift is guessed, of all logits at once."""
+    if not _is_wide(logits) or logits.size <= _rows.CACHED:
+        return False
     # Several backgrounds together would be an array.
     light = not isinstance(targets, SparseTargets) or targets.background is None
-    return light and _has_chunks(logits) and not _is_simple(logits, targets)
+    return apart is not None or (light and _has_chunks(logits))
 
 
 def _guess(logits):
@@ -133,43 +132,82 @@ def _guess(logits):
 _FEW = 16
 
 
-def _is_missed(block, num_classes):
+def _is_missed(shift, m, others, num_classes):
     """Returns whether a guessed shift lost digits: NaN did too."""
     # Of exponentials that underflow, no digit is seen in `others`.
-    fits = (block.others >= num_classes * 2.0**-106) & (block.others + block.top <= 2.0**120)
+    fits = (others >= num_classes * 2.0**-106) & (others + jnp.exp(finite(m) - shift) <= 2.0**120)
     # Beyond 16, z − shift is rounded if z is below.
-    return ~(fits & ((block.m - block.shift <= 16) | (block.shift >= 0)))
+    return ~(fits & ((m - shift <= 16) | (shift >= 0)))
 
 
-def _block_by_guess(logits, targets, apart):
-    """Returns the Block, whose shift is the guess unless that does not fit."""
-    block = _block(_guess(logits), logits, targets, apart)
-    is_missed = functools.partial(_is_missed, num_classes=logits.shape[-1])
+def _block_by_guess(logits, targets, shares):
+    """Returns the Block, whose shift is a guess, or that of the largest logit if it was missed."""
+    guess = _guess(logits)
+
+    def is_missed(block):
+        return _is_missed(block.shift, block.m, block.others, logits.shape[-1])
 
     def goes_on(state):
-        block, is_second = state
-        return ~is_second & is_missed(block).any()
+        block, turn = state
+        return (turn == 0) | ((turn == 1) & is_missed(block).any())
+
+    def make(state):
+        block, turn = state
+        shift = jax.lax.cond(
+            turn == 0,
+            lambda: guess,
+            lambda: jnp.where(is_missed(block), _shift_beyond(logits, block.shift), block.shift),
+        )
+        return _block(shift, logits, targets), turn + 1
+
+    # What is to be shared is made before the loop. Else one block is less to compile than two.
+    nothing = Block(*[jnp.zeros_like(guess)] * len(Block._fields))
+    start = (_block(guess, logits, targets), 1) if shares else (nothing, 0)
+    return jax.lax.while_loop(goes_on, make, start)[0]
+
+
+def _block_by_guess_apart(logits, targets, apart):
+    """Returns `_block_by_guess`, with classes taken out of the sum."""
+
+    def is_missed(shift, elsewhere):
+        m, others = _around(apart, logits, shift, elsewhere)
+        return _is_missed(shift, m, others, logits.shape[-1])
+
+    def goes_on(state):
+        *sum_of_guess, is_second = state
+        return ~is_second & is_missed(*sum_of_guess).any()
+
+    def of_rows(logits, apart, start):
+        shift = _shift_beyond(logits, start[..., 0])
+        return shift, _sum_elsewhere(shift, logits, apart)
 
     def once_more(state):
-        block, _ = state
-        again = _by_rows(_block_by_largest_beyond)(logits, targets, block.shift[..., None])
-        return jax.tree.map(functools.partial(jnp.where, is_missed(block)), again, block), True
+        *sum_of_guess, _ = state
+        again = _by_rows(of_rows)(logits, apart, sum_of_guess[0][..., None])
+        keep = functools.partial(jnp.where, is_missed(*sum_of_guess))
+        return *map(keep, again, sum_of_guess), True
 
-    return jax.lax.while_loop(goes_on, once_more, (block, False))[0]
+    guess = _guess(logits)
+    state = guess, _sum_elsewhere(guess, logits, apart), False
+    shift, elsewhere, _ = jax.lax.while_loop(goes_on, once_more, state)
+    return _block_apart(shift, elsewhere, logits, targets, apart)
 
 
-def _block_by_largest(logits, targets, apart=None):
-    """Returns the Block, whose shift is that of the largest logit."""
-    return _block(shift_of(wide(_largest(logits))), logits, targets, apart)
+def _shift_beyond(logits, start):
+    """Returns the shift of the largest logit, found as the largest z − start.
 
-
-def _block_by_largest_beyond(logits, targets, start):
-    """Returns `_block_by_largest`, of the largest z − start, [..., 1].
-
-    In a loop, where `start` varies, XLA cannot find it before the loop, as it would the largest z.
+    In a loop where `start` varies, XLA cannot find it before the loop, as it would the largest z.
     """
-    largest = start[..., 0] + _largest(wide(logits) - start)
-    return _block(shift_of(largest), logits, targets, None)
+    return shift_of(start + _largest(wide(logits) - start[..., None]))
+
+
+def _shift(logits):
+    """Returns the shift of the largest logit."""
+    return shift_of(wide(_largest(logits)))
+
+
+def _block_by_largest(logits, targets):
+    return _block(_shift(logits), logits, targets)
 
 
 def _own(shift, logits, apart):
@@ -195,30 +233,14 @@ def _shared(shift, logits, apart):
     return jax.lax.while_loop(goes_on, once_more, (_own(guess, logits, apart), False))[0]
 
 
-def _block(shift, logits, targets, apart):
-    """Returns the Block of that shift.
-
-    Args:
-      shift: [...].
-      logits: [..., V].
-      targets: The mass on those classes.
-      apart: As `_apart_of` has it.
-    """
-    if apart is None:
-        of_chunks = opaque(jnp.exp(_chunks_of(wide(logits)) - shift[..., None, None]).sum(-1))
-        heaviest = jnp.argmax(of_chunks, axis=-1)
-        m, below, maxima = _at_chunk(_below_largest, heaviest, wide(logits), shift[..., None])
-        others = _blocks.with_ties(below + _elsewhere(of_chunks, heaviest), maxima, m, shift)
-        sums = _InChunks(heaviest)
-        return Block(shift, m, others, *_blocks.target_sums(logits, targets, m, sums))
-    elsewhere = _SUMS.over_classes(_itself, _own(shift, logits, apart))
-    z = wide(_masses.at_distinct(logits, apart))
-    # At most 16 below log Σ exp z: near enough, if it is none of the z.
-    m = jnp.maximum(z.max(-1), shift + jnp.log(elsewhere) - 16)
-    others = _blocks.others_apart(elsewhere, z, m, shift)
-    # Narrow logits that are looked at twice would be converted to an array.
-    of_targets = _target_sums if _is_wide(logits) else _by_rows(_target_sums)
-    return Block(shift, m, others, *of_targets(logits, targets, m[..., None]))
+def _block(shift, logits, targets):
+    """Returns the Block of that shift: the largest logit is left out of its own chunk."""
+    of_chunks = opaque(jnp.exp(_chunks_of(wide(logits)) - shift[..., None, None]).sum(-1))
+    heaviest = jnp.argmax(of_chunks, axis=-1)
+    m, below, maxima = _at_chunk(_below_largest, heaviest, wide(logits), shift[..., None])
+    others = _blocks.with_ties(below + _elsewhere(of_chunks, heaviest), maxima, m, shift)
+    sums = _InChunks(heaviest)
+    return Block(shift, m, others, *_blocks.target_sums(logits, targets, m, sums))
 
 
 def _below_largest(z, shift):
@@ -227,6 +249,26 @@ def _below_largest(z, shift):
     top = finite(m)[..., None]
     below = jnp.where(z < top, jnp.exp(z - shift), 0).sum(-1)
     return m, opaque(below), jnp.where(z == top, 1.0, 0.0).sum(-1)
+
+
+def _block_apart(shift, elsewhere, logits, targets, apart):
+    """Returns the Block of that shift, of the sum of the exponentials that are not `apart`."""
+    m, others = _around(apart, logits, shift, elsewhere)
+    # Narrow logits that are looked at twice would be converted to an array.
+    of_targets = _target_sums if _is_wide(logits) else _by_rows(_target_sums)
+    return Block(shift, m, others, *of_targets(logits, targets, m[..., None]))
+
+
+def _around(apart, logits, shift, elsewhere):
+    """Returns m and `others`."""
+    z = wide(_masses.at_distinct(logits, apart))
+    # At most 16 below log Σ exp z: near enough, if it is none of the z.
+    m = jnp.maximum(z.max(-1), shift + jnp.log(elsewhere) - 16)
+    return m, _blocks.others_apart(elsewhere, z, m, shift)
+
+
+def _sum_elsewhere(shift, logits, apart):
+    return _SUMS.over_classes(_itself, _own(shift, logits, apart))
 
 
 def _target_sums(logits, targets, m):
