@@ -9,6 +9,7 @@ from cases import (
     assert_exact,
     assert_modes_agree,
     floating_leaves,
+    jit,
     loss_and_gradient,
     plain_softmax_cross_entropy,
     rows_with_margins,
@@ -62,9 +63,9 @@ def test_a_long_sum_loses_no_digits(form, monkeypatch):
 def test_it_answers_what_any_device_does(form, num_classes, dtype, request):
     targets = target_forms(21, num_classes)[form]
     logits = jnp.asarray(np.random.default_rng(0).normal(size=(21, num_classes)) * 8, dtype)
-    losses, gradient = loss_and_gradient(logits, targets)
+    losses, gradient = jit(loss_and_gradient)(logits, targets)
     request.getfixturevalue("one_cpu")
-    alone = loss_and_gradient(logits, targets)
+    alone = jit(loss_and_gradient)(logits, targets)
     # Sums in another order; an entry T · p − t may cancel, and is then small beside T.
     np.testing.assert_allclose(alone[0], losses, rtol=1e-6)
     rounding = 1e-6 if dtype == jnp.float32 else float(jnp.finfo(dtype).eps)
