@@ -9,7 +9,7 @@ demo: $(VENV)/.demo
 	$(BIN)/python -m xentjax demo
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .
