@@ -1,6 +1,7 @@
 """How the benchmark measures a case: in turns, its answers compared, with gaps where none is."""
 
 import sys
+import time
 import types
 import weakref
 
@@ -117,6 +118,28 @@ def test_samples_take_turns_and_no_result_outlives_its_own(monkeypatch):
     # Once to see how long a call takes, then three rounds: after those there is no patience.
     assert "".join(order) == "abc" + "cba" + "abc" + "cba"
     assert [len(outcome.seconds) for outcome in outcomes.values()] == [3, 3, 3]
+
+
+def test_a_long_call_is_the_only_sample(monkeypatch):
+    monkeypatch.setattr(_bench_timing, "LONG", 0.5)
+    monkeypatch.setattr(_bench_timing, "SAMPLE", 1e-12)
+    called = {"short": 0, "long": 0}
+
+    def contender(name, seconds):
+        def call():
+            called[name] += 1
+            time.sleep(seconds)
+            return (), ()
+
+        return call
+
+    calls = {"short": contender("short", 0), "long": contender("long", 0.51)}
+    outcomes = {name: Outcome() for name in calls}
+    assert _bench_timing._sample(calls, outcomes, rounds=2, patience=60) == {"short": 1, "long": 1}
+    assert called == {"short": 3, "long": 1}
+    assert len(outcomes["short"].seconds) == 2
+    (seconds,) = outcomes["long"].seconds
+    assert seconds >= 0.51
 
 
 def test_short_calls_are_repeated(monkeypatch):
