@@ -200,12 +200,18 @@ FULL = Plan(
     patience=20,
     repeats=3,
 )
-_FEW_IMAGES, _FEW_TOKENS = Size(512, 1000), Size(256, 50257, 256)
+_FEW_IMAGES, _FEW_TOKENS = Size(512, 1000), Size(128, 50257, 128)
 
 QUICK = Plan(
     rows=(
         Row("small", _SMALL, "float32", ("eager", "labels", "smoothing")),
-        Row("image", _FEW_IMAGES, "float32", (*_LOSSES, *SIGMOID), ("gradient",)),
+        Row(
+            "image",
+            _FEW_IMAGES,
+            "float32",
+            ("labels", "smoothing", "mixup", "dense", "multilabel"),
+            ("gradient",),
+        ),
         Row("language", _FEW_TOKENS, "float32", ("labels", "smoothing", "head")),
         Row("language", _FEW_TOKENS, "bfloat16", ("labels", "smoothing"), ("gradient",)),
     ),
