@@ -13,8 +13,9 @@ import xentjax
 mpmath.mp.dps = 50
 INF = np.inf
 
-# For small arrays compilation is most of the time: what LLVM would gain them is not worth it.
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+# For small arrays compilation is most of the time: what it would gain them is not worth it.
+_AS_IT_STANDS = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
+jit = functools.partial(jax.jit, compiler_options=_AS_IT_STANDS)
 
 
 class Forms(Mapping):

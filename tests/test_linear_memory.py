@@ -160,7 +160,7 @@ def test_low_precision_is_no_worse_than_full_logits(dtype, memory_budget):
     exact_args = [a.astype(jnp.float32) for a in args]
     exact_loss, exact = jit(jax.value_and_grad(full, (0, 1)))(*exact_args)
     ours = functools.partial(fused, memory_budget=memory_budget)
-    loss, gradients = jit(jax.value_and_grad(ours, (0, 1)))(*args)
+    loss, gradients = jax.jit(jax.value_and_grad(ours, (0, 1)))(*args)
     assert [loss.dtype, *(g.dtype for g in gradients)] == [jnp.float32, dtype, dtype]
     # The operands are what they are in float32, and so is every sum.
     np.testing.assert_allclose(loss, exact_loss, rtol=1e-6)
@@ -174,7 +174,7 @@ def test_float16_gradients_of_a_mean_of_many_tokens_do_not_underflow(memory_budg
     args, full, fused = low_precision(jnp.float16, 16384, 16, 2048, 0.01)
     exact = jit(jax.grad(full, (0, 1)))(*(a.astype(jnp.float32) for a in args))
     ours = functools.partial(fused, memory_budget=memory_budget)
-    gradients = jit(jax.grad(ours, (0, 1)))(*args)
+    gradients = jax.jit(jax.grad(ours, (0, 1)))(*args)
     # What float16 cannot hold of the result, and its rounding, 2⁻¹¹, of each operand.
     rounded = errors([g.astype(jnp.float16) for g in exact], exact)
     assert all(a <= b + 2**-10 for a, b in zip(errors(gradients, exact), rounded, strict=True))

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.stats
-from cases import target_forms
+from cases import jit, target_forms
 
 import xentjax
 from xentjax import SparseTargets
@@ -205,7 +205,7 @@ def test_lam_is_beta_distributed(alpha):
 
     for lam in (
         sparse(targets).weights[:, 0],
-        jax.jit(jax.vmap(shared))(jax.random.split(KEY, DRAWS)),
+        jit(jax.vmap(shared))(jax.random.split(KEY, DRAWS)),
     ):
         assert ((lam >= 0) & (lam <= 1)).all()
         beta = scipy.stats.beta(alpha, alpha)
@@ -217,7 +217,7 @@ def test_permutation_is_uniform_and_apart_from_lam():
         _, targets = xentjax.mixup(key, jnp.zeros((3, 1)), jnp.arange(3), 1.0)
         return sparse(targets).weights[0, 0], sparse(targets).indices[:, 1]
 
-    lam, order = map(np.asarray, jax.jit(jax.vmap(draw))(jax.random.split(KEY, DRAWS)))
+    lam, order = map(np.asarray, jit(jax.vmap(draw))(jax.random.split(KEY, DRAWS)))
     which, counts = np.unique(order, axis=0, return_counts=True)
     assert len(which) == 6
     assert scipy.stats.chisquare(counts).pvalue > 1e-3
@@ -233,7 +233,7 @@ def test_cutmix_area_is_distributed_as_its_definition_says():
         _, targets = xentjax.cutmix(key, jnp.zeros((1, side, side)), jnp.arange(1), 1.0)
         return sparse(targets).weights[0, 0]
 
-    lam = np.asarray(jax.jit(jax.vmap(draw))(jax.random.split(KEY, DRAWS)), float)
+    lam = np.asarray(jit(jax.vmap(draw))(jax.random.split(KEY, DRAWS)), float)
     half = np.sqrt(1 - rng.beta(1, 1, 20 * DRAWS))[:, None] / 2
     centre = rng.random((20 * DRAWS, 2))
     low, high = (np.clip(np.round(side * (centre + s * half)), 0, side) for s in (-1, 1))

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from cases import target_forms
+from cases import jit, target_forms
 from jax import export
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -168,7 +168,7 @@ def test_a_train_step_is_one_jitted_function(microbatches):
     optimizer = optax.adam(0.1)
 
     def train(value_and_grad):
-        @jax.jit
+        @jit
         def step(state, batch):
             params, opt_state = state
             loss, grads = value_and_grad(params, batch)

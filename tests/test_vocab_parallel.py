@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import target_forms
+from cases import jit, target_forms
 from jax import export
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -175,7 +175,7 @@ def test_classes_over_two_mesh_axes():
         in_specs=(P(None, axes), P()),
         out_specs=P(),
     )
-    actual = jax.jit(losses)(logits, targets)
+    actual = jit(losses)(logits, targets)
     assert relative_difference(actual, xentjax.softmax_cross_entropy(logits, targets)) <= NEAR
 
 
@@ -195,7 +195,7 @@ def test_classes_that_do_not_divide_are_padded_and_masked():
         in_specs=(LOGITS, target_specs(padded), LOGITS),
         out_specs=P("data"),
     )
-    actual = jax.jit(jax.value_and_grad(lambda z: losses(z, padded, is_class).sum()))(logits)
+    actual = jit(jax.value_and_grad(lambda z: losses(z, padded, is_class).sum()))(logits)
     desired = jax.value_and_grad(lambda z: xentjax.softmax_cross_entropy(z, targets).sum())(short)
     assert relative_difference((actual[0], actual[1][:, :num_classes]), desired) <= NEAR
     assert not actual[1][:, num_classes:].any()
@@ -208,8 +208,8 @@ def test_invalid_labels_are_nan_in_their_row_alone():
     labels = labels.at[:6].set(jnp.array([-1, 15, CLASSES, -CLASSES, 15, 10**6]))
     where = jnp.ones(EXAMPLES, bool).at[5].set(False)
     losses = _sharded_losses(make_mesh((2, 4), ("data", "model")), labels)
-    actual = jax.jit(lambda z: losses(z, labels, where))(_logits())
-    gradient = jax.jit(jax.grad(lambda z: losses(z, labels, where).sum()))(_logits())
+    actual = jit(lambda z: losses(z, labels, where))(_logits())
+    gradient = jit(jax.grad(lambda z: losses(z, labels, where).sum()))(_logits())
     bad = np.isin(np.arange(EXAMPLES), [0, 2, 3])
     np.testing.assert_array_equal(np.isnan(actual), bad)
     np.testing.assert_array_equal(np.isnan(gradient).all(-1), bad)
