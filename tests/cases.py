@@ -14,7 +14,9 @@ mpmath.mp.dps = 50
 INF = np.inf
 
 # For small arrays compilation is most of the time: what it would gain them is not worth it.
-_AS_IT_STANDS = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
+_AS_IT_STANDS: dict[str, int | bool] = {"xla_backend_optimization_level": 0}
+if jax.__version_info__ < (0, 11):  # Of JAX 0.12, XLA does not know it any more.
+    _AS_IT_STANDS["xla_cpu_use_fusion_emitters"] = False
 jit = functools.partial(jax.jit, compiler_options=_AS_IT_STANDS)
 
 
