@@ -167,7 +167,7 @@ def _add_bench_options(parser: argparse.ArgumentParser) -> None:
         "--rounds",
         type=_number(int, 1, 10_000),
         default=10,
-        help="samples of each; fewer, but 3, where a case takes long (10)",
+        help="samples of each; fewer where a case takes long (10)",
     )
     parser.add_argument("--json", type=_file, metavar="FILE", help="a record of every number")
     parser.add_argument(

@@ -20,7 +20,7 @@ from xentjax import _bench_cases
 from xentjax._bench_cases import Case, Plan
 from xentjax._bench_contenders import Foreign
 
-FEWEST = 3  # Samples, however long they take.
+FEWEST = 3  # Samples, however long all of them take.
 SAMPLE = 5e-3  # Seconds: a call that is shorter is repeated within a sample.
 LONG = 30.0  # Seconds: a call that is longer is the only sample.
 # PyTorch's threads go on spinning for a while when they have nothing to do, JAX's for less.
@@ -229,10 +229,10 @@ def _sample(calls, outcomes, rounds, patience):
     """Adds samples to the outcomes, everyone's in turn; returns how many calls make one."""
     seconds = {name: _seconds(call, 1) for name, call in calls.items()}
     count = {name: math.ceil(SAMPLE / each) for name, each in seconds.items()}
-    for name in calls:
-        if seconds[name] > LONG:
-            outcomes[name].seconds.append(seconds[name])
-    calls = {name: call for name, call in calls.items() if seconds[name] <= LONG}
+    long = [name for name in calls if seconds[name] > LONG]
+    for name in long:
+        outcomes[name].seconds.append(seconds[name])
+    calls = {name: call for name, call in calls.items() if name not in long}
     start = time.perf_counter()
     for i in range(rounds):
         if i >= FEWEST and time.perf_counter() - start > patience:
