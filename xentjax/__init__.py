@@ -1,7 +1,7 @@
 """Cross-entropy and its family for JAX: exact, small in memory, right on every device."""
 
-from xentjax._checks import label_checks
-from xentjax._information import (
+from xentjax._jax.checks import label_checks
+from xentjax._losses.information import (
     cross_entropy,
     entropy,
     js_divergence,
@@ -12,31 +12,31 @@ from xentjax._information import (
     softmax_surprisal,
     surprisal,
 )
-from xentjax._linear import (
+from xentjax._losses.linear import (
     LinearStats,
     linear_softmax_cross_entropy,
     linear_softmax_cross_entropy_with_stats,
 )
-from xentjax._logit_transform import soft_cap, temperature
-from xentjax._mixing import cutmix, mixup
-from xentjax._parallel import data_parallel, per_example, pmap_data_parallel
-from xentjax._reduction import WeightedSum, weighted_mean, weighted_sum
-from xentjax._retargeting import dense_targets, mix_targets, reweight_targets, smooth_labels
-from xentjax._sigmoid import (
+from xentjax._losses.logit_transform import soft_cap, temperature
+from xentjax._losses.reduction import WeightedSum, weighted_mean, weighted_sum
+from xentjax._losses.sigmoid import (
     binary_cross_entropy,
     multilabel_cross_entropy,
     sigmoid_binary_cross_entropy,
 )
-from xentjax._softmax import (
+from xentjax._losses.softmax import (
     SoftmaxStats,
     softmax_cross_entropy,
     softmax_cross_entropy_with_stats,
 )
-from xentjax._targets import SparseTargets, Targets
-from xentjax._vocab_parallel import (
+from xentjax._parallel.data import data_parallel, per_example, pmap_data_parallel
+from xentjax._parallel.vocab import (
     vocab_parallel_linear_softmax_cross_entropy,
     vocab_parallel_softmax_cross_entropy,
 )
+from xentjax._targets.mixing import cutmix, mixup
+from xentjax._targets.transforms import dense_targets, mix_targets, reweight_targets, smooth_labels
+from xentjax._targets.types import SparseTargets, Targets
 
 __version__ = "0.1.0"
 

@@ -1,7 +1,7 @@
 """The command line: `python -m xentjax COMMAND`.
 
 A command is a parser made in `_parser`, under the name a user types, and `run(arguments)` in the
-module of that name with an underscore before it. The module is imported when its command is called,
+module of that name in `_commands`. The module is imported when its command is called,
 so that no command needs what only another one uses.
 """
 
@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _load(command: str) -> Callable[[argparse.Namespace], int] | None:
     """Returns what runs a command; None, having said so, where a package it uses is missing."""
     try:
-        return importlib.import_module(f"xentjax._{command}").run
+        return importlib.import_module(f"xentjax._commands.{command}").run
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
         if package == "xentjax":

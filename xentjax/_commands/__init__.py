@@ -1,0 +1,1 @@
+"""The commands of `python -m xentjax`; the library imports none of them."""

@@ -1,0 +1,196 @@
+"""How `python -m xentjax bench` shows what it measured: tables, and a picture."""
+
+import math
+from collections.abc import Iterable, Sequence
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from xentjax._commands.bench.cases import IN_PICTURE, Plan, Size
+from xentjax._commands.bench.contenders import CONTENDERS
+from xentjax._commands.bench.timing import OUT_OF_MEMORY, Measurement, Outcome
+from xentjax._commands.common import COLOURS, tidy
+
+LEGEND = """\
+∇         with the gradient; else the mean loss alone
+eager     one call that is not compiled
+ours, ms  median of the samples; ±: half of the distance between their quartiles
+÷ ours    how many times as long another takes: above 1, xentjax is faster
+ours ÷    how many times as long as a copy of the logits, or as a head's matmuls
+temp. %   temporaries beside arguments and results, in % of the logits
+compile   what optax takes to trace and compile from nothing ÷ what ours takes"""
+
+
+def tables(console: Console, measurements: Sequence[Measurement]) -> None:
+    """Prints a table for each size and dtype, of 75 to 90 columns, and their legend."""
+    groups: dict[tuple, list[Measurement]] = {}
+    for m in measurements:
+        if m.case.size != "scaling":
+            key = (m.case.loss == "head", m.case.size, m.case.dtype)
+            groups.setdefault(key, []).append(m)
+    for group in groups.values():
+        console.print(_title(group), style="bold", highlight=False)
+        console.print(_table(group))
+    if groups:
+        console.print(LEGEND, highlight=False)
+
+
+def _table(group: list[Measurement]) -> Table:
+    """Returns the table of cases that differ in the loss and in the output alone."""
+    case = group[0].case
+    limit = "matmuls" if case.loss == "head" else "copy"
+    others = [name for name in group[0].outcomes if name in CONTENDERS[case.loss]][1:]
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=0)
+    table.add_column("")
+    headings = ["ours,\nms", "±", *(f"{name}\n÷ ours" for name in others)]
+    headings += [f"ours ÷\n{limit}", "temp. %\nours", "temp. %\noptax", "compile\n÷ ours"]
+    for heading in headings:
+        table.add_column(heading, justify="right", no_wrap=True)
+    for m in group:
+        ours, optax = m.outcomes["xentjax"], m.outcomes["optax"]
+        low, median, high = ours.quartiles() if ours.seconds else (math.nan,) * 3
+        table.add_row(
+            m.case.loss + (" ∇" if m.case.output == "gradient" else ""),
+            ours.problem or _number(1000 * median),
+            f"{50 * (high - low) / median:.0f}%" if ours.seconds else "",
+            *(_ratio(m, name) for name in others),
+            _times(ours.median() / m.outcomes[limit].median()),
+            *(_percent(outcome.temporaries, m.case.logits_bytes) for outcome in (ours, optax)),
+            _times(optax.compile_median() / ours.compile_median()),
+        )
+    return table
+
+
+def _title(group: list[Measurement]) -> str:
+    """Returns what the cases of a table have in common, and what their limits take."""
+    case = group[0].case
+    n, v, features = case.shape
+    is_head = case.loss == "head"
+    shape = f"head {n} × {features} × {v}" if is_head else f"{n} × {v}"
+    takes = []
+    for name in ("matmuls",) if is_head else ("copy", "read"):
+        medians = [1000 * m.outcomes[name].median() for m in group]
+        low, high = _number(min(medians)), _number(max(medians))
+        takes.append(f"{name} {low if low == high else f'{low} … {high}'} ms")
+    logits = f"{case.logits_bytes / 2**20:.3g} MiB"
+    return f"{case.size}: {shape} {case.dtype}, {logits}; {', '.join(takes)}"
+
+
+def _ratio(m: Measurement, name: str) -> str:
+    """Returns how many times as long as xentjax a contender takes."""
+    other, ours = m.outcomes[name], m.outcomes["xentjax"]
+    if other.problem is not None:
+        return other.problem if other.problem == OUT_OF_MEMORY else "–"
+    return "wrong" if other.is_wrong(m.case.dtype) else _times(other.median() / ours.median())
+
+
+def _number(x: float) -> str:
+    """Returns three digits of a number, never in powers of ten."""
+    if not math.isfinite(x):
+        return "–"
+    digits = 2 - math.floor(math.log10(x)) if x > 0 else 0
+    return f"{x:.{min(max(digits, 0), 4)}f}"
+
+
+def _times(ratio: float) -> str:
+    """Returns a ratio with two decimals, or fewer where it is large."""
+    return f"{ratio:.{2 if ratio < 10 else 1 if ratio < 100 else 0}f}" if ratio > 0 else "–"
+
+
+def _percent(part: int | None, whole: int) -> str:
+    if part is None:
+        return "–"
+    share = 100 * part / whole
+    return f"{share:.0f}" if share >= 10 or share == 0 else f"{share:.2g}"
+
+
+def slower(measurements: Iterable[Measurement]) -> list[str]:
+    """Returns the cases in which xentjax takes longer than optax does, and how much longer."""
+    found = []
+    for m in measurements:
+        ratio = m.outcomes["xentjax"].median() / m.outcomes["optax"].median()
+        if ratio > 1:
+            found.append(f"{describe(m)} ({ratio:.2f} times as long)")
+    return found
+
+
+def describe(m: Measurement) -> str:
+    """Returns the name of a case."""
+    n, v, *_ = m.case.shape
+    return f"{m.case.loss}, {m.case.output}, {n} × {v} {m.case.dtype}"
+
+
+Points = dict[str, dict[Size, Measurement]]
+"""By loss and size."""
+
+STYLES = {"labels": "-", "smoothing": "--"}
+
+
+def picture(measurements: Sequence[Measurement], plan: Plan, where: str) -> Figure:
+    """Returns time and temporaries, by the number of classes and by that of examples."""
+    points: Points = {}
+    for m in measurements:
+        if m.case.size == "scaling":
+            points.setdefault(m.case.loss, {})[m.case.shape] = m
+    figure = Figure(figsize=(11, 8), layout="constrained")
+    axes = figure.subplots(2, 2, sharey="row")
+    figure.suptitle(f"Mean loss and its gradient, float32, on {where}", weight="bold")
+    by_classes = {v: Size(plan.at.examples, v) for v in sorted(plan.classes)}
+    by_examples = {n: Size(n, plan.at.classes) for n in sorted(plan.examples)}
+    sides = (
+        (by_classes, f"classes, for {plan.at.examples:,} examples"),
+        (by_examples, f"examples, of {plan.at.classes:,} classes"),
+    )
+    for (sizes, label), column in zip(sides, axes.T, strict=True):
+        draw_times(column[0], sizes, points)
+        draw_temporaries(column[1], sizes, points)
+        for ax in column:
+            ax.set(xscale="log", yscale="log", xlabel=label)
+            ax.set_xticks(list(sizes), [f"{x:,}" for x in sizes], fontsize="small")
+            ax.minorticks_off()
+            ax.yaxis.set_major_formatter("{x:g}")
+            tidy(ax)
+    axes[0, 0].set_ylabel("time (ms)")
+    axes[1, 0].set_ylabel("temporaries (MiB)")
+    lines = axes[0, 0].get_legend_handles_labels()
+    figure.legend(*lines, loc="outside lower center", ncols=len(lines[0]), fontsize="small")
+    return figure
+
+
+def draw_times(ax: Axes, sizes: dict[int, Size], points: Points) -> None:
+    """Draws the median between its quartiles for each contender, and for a copy."""
+    for name, colour in zip(IN_PICTURE, COLOURS, strict=False):
+        for loss, found in points.items():
+            outcomes = [found[size].outcomes[name] for size in sizes.values()]
+            draw_line(ax, list(sizes), outcomes, f"{name}, {loss}", colour, STYLES[loss])
+    any_loss = next(iter(points.values()))
+    copies = [any_loss[size].outcomes["copy"] for size in sizes.values()]
+    draw_line(ax, list(sizes), copies, "the logits: a copy, their size", "0.5", ":")
+    ax.set_title("Time: median, and its quartiles")
+
+
+def draw_line(
+    ax: Axes, xs: list[int], outcomes: list[Outcome], label: str, colour: str, style: str
+) -> None:
+    """Draws milliseconds, and a band from quartile to quartile; a gap where there is no time."""
+    quartiles = [x.quartiles() if x.seconds else (math.nan,) * 3 for x in outcomes]
+    low, median, high = ([1000 * y for y in ys] for ys in zip(*quartiles, strict=True))
+    ax.plot(xs, median, color=colour, ls=style, marker=".", label=label)
+    ax.fill_between(xs, low, high, color=colour, alpha=0.15, lw=0)
+
+
+def draw_temporaries(ax: Axes, sizes: dict[int, Size], points: Points) -> None:
+    """Draws what each compiled function needs, and how large the logits are."""
+    for name, colour in zip(IN_PICTURE, COLOURS, strict=False):
+        for loss, found in points.items():
+            needs = [found[size].outcomes[name].temporaries for size in sizes.values()]
+            # A logarithm has no zero; less than a KiB is as good as nothing.
+            needs = [math.nan if x is None else max(x, 2**10) / 2**20 for x in needs]
+            ax.plot(list(sizes), needs, color=colour, ls=STYLES[loss], marker=".")
+    any_loss = next(iter(points.values()))
+    logits = [any_loss[size].case.logits_bytes / 2**20 for size in sizes.values()]
+    ax.plot(list(sizes), logits, color="0.5", ls=":", marker=".")
+    ax.set_title("Temporaries: beside arguments and results")

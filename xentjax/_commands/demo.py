@@ -1,0 +1,339 @@
+"""`python -m xentjax demo`: what the targets of a classifier do to its accuracy and its confidence.
+
+One network learns scikit-learn's handwritten digits three times: from hard labels, from smoothed
+labels and under mixup. It learns from the first half and is tested on the second; the order of the
+data seems to keep each writer's digits together, so the test is mostly in hands not seen before.
+"""
+
+import argparse
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float, Int
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from rich import box
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from sklearn.datasets import load_digits
+
+import xentjax
+from xentjax._commands.common import COLOURS, fail, tidy
+
+TRAIN_SIZE = 900
+BATCH_SIZE = 50
+TEST_BATCH_SIZE = 256  # Does not divide the 897 test examples: the last batch is ragged.
+LAYERS = (64, 256, 10)
+LEARNING_RATE = 0.01
+SMOOTHING = 0.1
+MIXUP_ALPHA = 0.4
+NUM_BINS = 10
+FEWEST_SHOWN = 5  # An accuracy of fewer predictions is mostly chance: such bins are not drawn.
+TOLERANCE = 1e-6  # Of the comparison with optax.
+
+Params = list[tuple[jax.Array, jax.Array]]
+Set = tuple[Float[Array, "n 64"], Int[Array, " n"]]
+Recipe = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, xentjax.Targets]]
+
+
+def hard_labels(key, images, labels):
+    """Learns from the labels as they are."""
+    del key
+    return images, labels
+
+
+def smoothed_labels(key, images, labels):
+    """Spreads a share of the truth over all classes."""
+    del key
+    return images, xentjax.smooth_labels(labels, SMOOTHING)
+
+
+def mixup(key, images, labels):
+    """Blends pairs of images, and their labels alike."""
+    return xentjax.mixup(key, images, labels, MIXUP_ALPHA, per_example=True)
+
+
+RECIPES = {"hard": hard_labels, "smoothed": smoothed_labels, "mixup": mixup}
+
+
+@dataclasses.dataclass(frozen=True)
+class Epoch:
+    """What one pass over the examples led to; losses are means, in nats.
+
+    Attributes:
+      train_loss: On the targets that were learnt from.
+      loss: On the test set and its hard labels.
+      accuracy: On the test set.
+      logits: Those of the test set, float32[N, 10].
+    """
+
+    train_loss: float
+    loss: float
+    accuracy: float
+    logits: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """A row of the table, and the reliability diagram behind it.
+
+    Attributes:
+      accuracy: The share of the test set that is predicted right.
+      confidence: The mean probability of the predicted class.
+      calibration_error: Σ_b share_b · |accuracy_b − confidence_b| over bins b of confidence
+        (Guo et al., On Calibration of Modern Neural Networks, 2017, section 2).
+      loss: Mean cross-entropy of the hard labels, in nats.
+      optax_loss: The same by optax, from the same logits.
+      counts: Predictions in each bin, int[NUM_BINS].
+      bin_confidence: Mean confidence in each bin, float64[NUM_BINS]; NaN in an empty one.
+      bin_accuracy: Accuracy in each bin, likewise.
+    """
+
+    accuracy: float
+    confidence: float
+    calibration_error: float
+    loss: float
+    optax_loss: float
+    counts: np.ndarray
+    bin_confidence: np.ndarray
+    bin_accuracy: np.ndarray
+
+    def optax_difference(self) -> float:
+        """Returns the relative difference from optax's loss."""
+        return abs(self.loss - self.optax_loss) / self.optax_loss
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Trains, tests, prints the table and saves the picture; returns the exit code."""
+    console = Console()
+    start = time.perf_counter()
+    train, test = load()
+    console.print(f"Handwritten digits: {len(train[1])} to learn from, {len(test[1])} to test on.")
+    courses = {}
+    with Progress(console=console) as progress:
+        for name, recipe in RECIPES.items():
+            epochs = learn(recipe, train, test, arguments.epochs, arguments.seed)
+            courses[name] = list(progress.track(epochs, arguments.epochs, description=name))
+    results = {name: measure(course[-1], np.asarray(test[1])) for name, course in courses.items()}
+    report(console, results)
+    try:
+        picture(courses, results).savefig(arguments.output, dpi=150)
+    except OSError as error:
+        return fail(f"argument --output: {error}")
+    print(f"Picture: {arguments.output}   ({time.perf_counter() - start:.0f} s in all)")
+    for name, result in results.items():
+        if not result.optax_difference() <= TOLERANCE:
+            return fail(
+                f"{name}: the loss is {result.loss!r}, and {result.optax_loss!r} by optax: "
+                f"expected a relative difference of at most {TOLERANCE:g}"
+            )
+    return 0
+
+
+def load() -> tuple[Set, Set]:
+    """Returns the examples to learn from and those to be tested on; pixels are in [0, 1]."""
+    pixels, digits = load_digits(return_X_y=True)
+    images, labels = jnp.asarray(pixels / 16, jnp.float32), jnp.asarray(digits, jnp.int32)
+    return (images[:TRAIN_SIZE], labels[:TRAIN_SIZE]), (images[TRAIN_SIZE:], labels[TRAIN_SIZE:])
+
+
+@jax.jit
+def init(key: jax.Array) -> Params:
+    """Returns a kernel and a bias for each layer."""
+    keys = jax.random.split(key, len(LAYERS) - 1)
+    return [
+        (jax.random.normal(k, (n, m)) * math.sqrt(2 / n), jnp.zeros(m))
+        for k, n, m in zip(keys, LAYERS[:-1], LAYERS[1:], strict=True)
+    ]
+
+
+def network(params: Params, x: jax.Array) -> jax.Array:
+    """Returns the logits of images."""
+    *hidden, (kernel, bias) = params
+    for w, b in hidden:
+        x = jax.nn.relu(x @ w + b)
+    return x @ kernel + bias
+
+
+def make_train_step(recipe: Recipe, optimizer: optax.GradientTransformation) -> Callable:
+    """Returns what learns from one batch, compiled as one."""
+
+    @jax.jit
+    def train_step(params, state, key, images, labels):
+        inputs, targets = recipe(key, images, labels)
+
+        def objective(params):
+            losses = xentjax.softmax_cross_entropy(network(params, inputs), targets)
+            return xentjax.weighted_mean(losses)
+
+        loss, gradient = jax.value_and_grad(objective)(params)
+        updates, state = optimizer.update(gradient, state, params)
+        return optax.apply_updates(params, updates), state, loss
+
+    return train_step
+
+
+@jax.jit
+def eval_step(params, images, labels):
+    """Returns the loss and the accuracy of one batch, before their division, and its logits."""
+    logits = network(params, images)
+    losses, stats = xentjax.softmax_cross_entropy_with_stats(logits, labels)
+    correct = stats.correct.astype(jnp.float32)
+    return xentjax.weighted_sum(losses), xentjax.weighted_sum(correct), logits
+
+
+def evaluate(params: Params, test: Set) -> tuple[float, float, np.ndarray]:
+    """Returns loss, accuracy and logits on `test`, one batch at a time."""
+    images, labels = test
+    loss, accuracy = xentjax.WeightedSum.zero(), xentjax.WeightedSum.zero()
+    logits = []
+    for start in range(0, len(labels), TEST_BATCH_SIZE):
+        batch = slice(start, start + TEST_BATCH_SIZE)
+        batch_loss, batch_accuracy, batch_logits = eval_step(params, images[batch], labels[batch])
+        loss, accuracy = loss + batch_loss, accuracy + batch_accuracy
+        logits.append(batch_logits)
+    return float(loss.mean()), float(accuracy.mean()), np.concatenate(logits)
+
+
+def learn(recipe: Recipe, train: Set, test: Set, epochs: int, seed: int) -> Iterator[Epoch]:
+    """Trains, epoch by epoch; from one seed every recipe has the same start and order."""
+    images, labels = train
+    steps = len(labels) // BATCH_SIZE
+    optimizer = optax.adam(optax.cosine_decay_schedule(LEARNING_RATE, epochs * steps))
+    train_step = make_train_step(recipe, optimizer)
+    key, init_key = jax.random.split(jax.random.key(seed))
+    params = init(init_key)
+    state = optimizer.init(params)
+    for epoch_key in jax.random.split(key, epochs):
+        order_key, *step_keys = jax.random.split(epoch_key, steps + 1)
+        order = jax.random.permutation(order_key, len(labels))[: steps * BATCH_SIZE]
+        losses = []
+        for batch, step_key in zip(order.reshape(steps, BATCH_SIZE), step_keys, strict=True):
+            params, state, loss = train_step(params, state, step_key, images[batch], labels[batch])
+            losses.append(loss)
+        yield Epoch(float(np.mean(losses)), *evaluate(params, test))
+
+
+def measure(epoch: Epoch, labels: np.ndarray) -> Result:
+    """Sorts the predictions into bins of equal width by confidence; asks optax for its loss."""
+    surprisals = np.asarray(jax.jit(xentjax.softmax_surprisal)(epoch.logits), np.float64)
+    confidence, correct = np.exp(-surprisals.min(-1)), surprisals.argmin(-1) == labels
+    bins = np.minimum((confidence * NUM_BINS).astype(int), NUM_BINS - 1)
+    counts = np.bincount(bins, minlength=NUM_BINS)
+    with np.errstate(invalid="ignore"):  # 0 / 0 in an empty bin.
+        bin_confidence = np.bincount(bins, confidence, NUM_BINS) / counts
+        bin_accuracy = np.bincount(bins, correct, NUM_BINS) / counts
+    gaps = np.abs(bin_accuracy - bin_confidence)
+    optax_losses = optax.softmax_cross_entropy_with_integer_labels(epoch.logits, labels)
+    return Result(
+        accuracy=epoch.accuracy,
+        confidence=float(confidence.mean()),
+        calibration_error=float(np.nansum(counts * gaps) / len(labels)),
+        loss=epoch.loss,
+        optax_loss=float(np.asarray(optax_losses, np.float64).mean()),
+        counts=counts,
+        bin_confidence=bin_confidence,
+        bin_accuracy=bin_accuracy,
+    )
+
+
+def report(console: Console, results: dict[str, Result]) -> None:
+    """Prints the table, no wider than 80 columns, and what its words mean."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    table.add_column("targets")
+    headings = ("accuracy", "confidence", "ECE", "loss,\nnats", "by optax,\nnats", "loss,\nbits")
+    for heading in (*headings, "perplexity"):
+        table.add_column(heading, justify="right")
+    for name, result in results.items():
+        table.add_row(
+            name,
+            f"{result.accuracy:.1%}",
+            f"{result.confidence:.1%}",
+            f"{result.calibration_error:.1%}",
+            f"{result.loss:.6f}",
+            f"{result.optax_loss:.6f}",
+            f"{result.loss / math.log(2):.4f}",
+            f"{float(xentjax.perplexity(result.loss)):.4f}",
+        )
+    console.print(table)
+    difference = max(result.optax_difference() for result in results.values())
+    print(
+        "confidence   mean probability of the predicted class\n"
+        f"ECE          expected calibration error: |accuracy − confidence| over {NUM_BINS} bins\n"
+        "loss         mean surprisal of the true labels, whatever the network learnt from\n"
+        f"by optax     from the same logits; the relative difference is at most {difference:.1e}"
+    )
+    print(
+        f"\nMost accurate: {max(results, key=lambda name: results[name].accuracy)}."
+        f" Lowest loss: {min(results, key=lambda name: results[name].loss)}."
+        f" Best calibrated: {min(results, key=lambda name: results[name].calibration_error)}."
+    )
+
+
+def picture(courses: dict[str, list[Epoch]], results: dict[str, Result]) -> Figure:
+    """Returns the loss by epoch beside the reliability diagram."""
+    figure = Figure(figsize=(11, 5.5), layout="constrained")
+    axes = figure.subplot_mosaic(
+        [["loss", "reliability"], ["loss", "shares"]], height_ratios=[3, 1], width_ratios=[1.1, 1]
+    )
+    figure.suptitle("Handwritten digits: one network, three kinds of targets", weight="bold")
+    draw_losses(axes["loss"], courses)
+    draw_reliability(axes["reliability"], results)
+    draw_shares(axes["shares"], results)
+    for ax in axes.values():
+        tidy(ax)
+    return figure
+
+
+def draw_losses(ax: Axes, courses: dict[str, list[Epoch]]) -> None:
+    """Draws the loss on the test set, and on the targets that are learnt from."""
+    for (name, course), colour in zip(courses.items(), COLOURS, strict=True):
+        epochs = range(1, len(course) + 1)
+        losses = [epoch.loss for epoch in course]
+        ax.plot(epochs, losses, color=colour, marker=".", label=f"{name}: test")
+        losses = [epoch.train_loss for epoch in course]
+        label = f"{name}: training, on its own targets"
+        ax.plot(epochs, losses, color=colour, ls="--", lw=1, marker=",", label=label)
+    top = 2.2 * max(epoch.loss for course in courses.values() for epoch in course)
+    ax.set(title="Loss", xlabel="epoch", ylabel="mean cross-entropy (nats)", ylim=(0, top))
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.legend(loc="upper right", fontsize="small", framealpha=0.9)
+
+
+def draw_reliability(ax: Axes, results: dict[str, Result]) -> None:
+    """Draws accuracy over confidence; a calibrated network keeps to the diagonal."""
+    ax.plot([0, 100], [0, 100], color="0.4", ls=":", label="calibrated")
+    for (name, result), colour in zip(results.items(), COLOURS, strict=True):
+        shown = result.counts >= FEWEST_SHOWN
+        ax.plot(
+            100 * result.bin_confidence[shown],
+            100 * result.bin_accuracy[shown],
+            color=colour,
+            marker="o",
+            clip_on=False,
+            label=f"{name}: ECE {result.calibration_error:.1%}",
+        )
+    ax.set_title(f"Reliability (bins of {FEWEST_SHOWN} predictions or more)")
+    ax.set(xlim=(0, 100), ylabel="accuracy (%)", ylim=(0, 103))
+    ax.text(3, 42, "under-confident", color="0.4", fontstyle="italic")
+    ax.text(66, 20, "over-confident", color="0.4", fontstyle="italic")
+    ax.legend(loc="upper left", fontsize="small", framealpha=0.9)
+
+
+def draw_shares(ax: Axes, results: dict[str, Result]) -> None:
+    """Draws how many of the predictions each bin of confidence holds."""
+    width = 100 / NUM_BINS / (len(results) + 1)
+    left = np.linspace(0, 100, NUM_BINS, endpoint=False) + width
+    for i, (result, colour) in enumerate(zip(results.values(), COLOURS, strict=True)):
+        shares = 100 * result.counts / result.counts.sum()
+        ax.bar(left + i * width, shares, width, color=colour)
+    ax.set(xlabel="confidence: probability of the predicted class (%)", xlim=(0, 100))
+    ax.set(ylabel="predictions (%)", ylim=(0, 100))

@@ -1,0 +1,1 @@
+"""Helpers that know JAX and nothing of losses."""

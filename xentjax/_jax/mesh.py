@@ -1,0 +1,84 @@
+"""The axes of a mesh: their names, and what varies along them."""
+
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from xentjax._jax import checks
+
+AxisName = Hashable | Sequence[Hashable]
+"""A mesh axis, or several."""
+
+
+def axis_names(axis_name: AxisName) -> tuple[Hashable, ...]:
+    """Returns one or several axes as a tuple."""
+    return tuple(axis_name) if isinstance(axis_name, list | tuple) else (axis_name,)
+
+
+def varying_axes(tree: Any) -> frozenset[Hashable]:
+    """Returns the mesh axes along which devices may have different values of some array."""
+    return frozenset().union(*map(_varying_axes, jax.tree.leaves(tree)))
+
+
+def _varying_axes(x: jax.Array) -> frozenset[Hashable]:
+    aval = jax.typeof(x)
+    kind = getattr(aval, "manual_axis_type", None)
+    return getattr(aval, "vma", frozenset()) if kind is None else kind.varying
+
+
+def varying(tree: Any, axes: Iterable[Hashable]) -> Any:
+    """Returns arrays as each device's own, not ones that the devices along `axes` share.
+
+    Their gradients are then summed over these devices: that is the transpose.
+    """
+
+    def cast(x):
+        shared = _ordered(set(axes) - varying_axes(x))
+        if not shared:
+            return x
+        if hasattr(jax.lax, "pcast"):
+            return jax.lax.pcast(x, shared, to="varying")
+        return vars(jax.lax)["pvary"](x, shared)  # Its name before JAX 0.8.
+
+    return jax.tree.map(cast, tree)
+
+
+def psum(x: jax.Array, axes: Iterable[Hashable]) -> jax.Array:
+    """Returns the sum of x over the devices along `axes`, of which there may be none."""
+    names = _ordered(axes)
+    return jax.lax.psum(x, names) if names else x
+
+
+def _ordered(axes: Iterable[Hashable]) -> tuple[Hashable, ...]:
+    """Returns axes in an order that all hosts agree on, as a set's is not."""
+    return tuple(sorted(axes, key=str))
+
+
+def on_automatic_axes(
+    function: Callable[..., Any], array: jax.Array, reduced: Sequence[int]
+) -> Callable[..., Any]:
+    """Returns `function`, on automatic mesh axes where `array` is split over explicit ones.
+
+    All it returns is split as `array` is, without the axes `reduced`.
+    """
+    sharding = jax.typeof(array).sharding
+    if AxisType.Explicit not in sharding.mesh.axis_types:
+        return function
+    kept = [names for axis, names in enumerate(sharding.spec) if axis not in reduced]
+    return jax.sharding.auto_axes(function, out_sharding=NamedSharding(sharding.mesh, P(*kept)))
+
+
+def check_shards(name: str, x: jax.Array, axes: tuple[Hashable, ...]) -> None:
+    """Raises ValueError unless each device along `axes` has an `x` of its own."""
+    checks.check(
+        varying_axes(jax.lax.axis_index(axes)).issuperset(axes),
+        f"axis_name: expected axes of a jax.shard_map with check_vma=True, got {axes}",
+    )
+    checks.check(
+        varying_axes(x).issuperset(axes),
+        f"{name}: expected a shard of the classes for each device along {axes}, got an array that "
+        "is the same on all",
+    )

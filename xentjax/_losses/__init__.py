@@ -1,0 +1,1 @@
+"""The losses, one file a family: check the arguments, call the engine, return."""

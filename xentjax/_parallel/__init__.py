@@ -1,0 +1,1 @@
+"""One loss on many devices: examples or classes split over a mesh."""

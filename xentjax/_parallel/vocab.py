@@ -1,0 +1,206 @@
+"""Cross-entropy with the classes split over devices."""
+
+import functools
+from collections.abc import Callable, Hashable
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, ArrayLike, Float
+
+from xentjax._jax import checks
+from xentjax._jax import mesh as _mesh
+from xentjax._jax.custom_vjp import custom_vjp
+from xentjax._jax.mesh import AxisName
+from xentjax._losses import linear as _linear
+from xentjax._losses import softmax as _softmax
+from xentjax._losses.logit_transform import LogitTransform
+from xentjax._softmax import choice as _platform
+from xentjax._softmax import partial as _blocks
+from xentjax._targets import mass as _masses
+from xentjax._targets import types as _targets
+from xentjax._targets.types import SparseTargets, Targets
+
+
+def vocab_parallel_softmax_cross_entropy(
+    logits: ArrayLike,
+    targets: Targets,
+    *,
+    axis_name: AxisName,
+    where: ArrayLike | None = None,
+) -> Float[Array, "*batch"]:
+    """`softmax_cross_entropy` inside a `jax.shard_map` that splits the classes over devices.
+
+    loss = Σ_v t_v · (lse(z) − z_v),   v over the classes of all devices along `axis_name`
+
+    Forward, one maximum and one sum of vectors [...] cross devices; backward, nothing does for the
+    gradient of the logits. Outside `jax.shard_map`, under `jax.jit` alone, `softmax_cross_entropy`
+    takes logits that are split over devices as it takes any others.
+
+    Args:
+      logits: This device's shard of the classes, float[..., V / devices].
+      targets: Labels or SparseTargets whose classes, and background [V], are those of all devices;
+        or the shard of dense targets that goes with the logits.
+      axis_name: The axis of the mesh, or axes, that the classes are split over.
+      where: Of the losses' shape: examples to keep. Of the logits' shape: classes to keep, as in
+        `softmax_cross_entropy`. If V does not divide by the devices, pad it and mask the padding.
+
+    Returns:
+      The losses of `softmax_cross_entropy`, the same on all devices along `axis_name`.
+
+    Raises:
+      TypeError: logits are not floating-point, where is not bool, or targets have a dtype that
+        cannot be one.
+      ValueError: A shape does not fit; the devices do not have a shard of logits each; or the
+        shard_map has `check_vma=False`, and derivatives would lose what crosses devices.
+
+    Example:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> from jax.sharding import NamedSharding, PartitionSpec as P
+      >>> import xentjax
+      >>> mesh = jax.make_mesh((jax.device_count(),), ("model",))
+      >>> logits = jax.device_put(jnp.zeros((1, 8)), NamedSharding(mesh, P(None, "model")))
+      >>> def loss_fn(logits, labels):
+      ...     return xentjax.vocab_parallel_softmax_cross_entropy(
+      ...         logits, labels, axis_name="model"
+      ...     )
+      >>> specs = P(None, "model"), P()
+      >>> losses = jax.jit(jax.shard_map(loss_fn, mesh=mesh, in_specs=specs, out_specs=P()))
+      >>> print(losses(logits, jnp.array([5])).round(4))
+      [2.0794]
+
+    Source:
+      Shoeybi et al., Megatron-LM, 2019, section 3.
+    """
+    logits, targets = checks.as_array("logits", logits), _targets.as_targets(targets)
+    axes = _mesh.axis_names(axis_name)
+    checks.check_floating("logits", logits)
+    checks.check(
+        logits.ndim > 0 and logits.shape[-1] > 0,
+        f"logits: expected at least one class on each device, got {checks.describe(logits)}",
+    )
+    _mesh.check_shards("logits", logits, axes)
+    batch, num_classes = logits.shape[:-1], logits.shape[-1] * jax.lax.axis_size(axes)
+    if isinstance(targets, SparseTargets):
+        _targets.check_targets(targets, batch, num_classes)
+        targets = _targets.invalid_as_nan(targets, num_classes)
+        targets = _masses.targets_of_shard(targets, axes, logits.shape[-1])
+    else:
+        fits = "dense targets: that of the shard of logits"
+        checks.check_shape("targets", targets, logits.shape, fits)
+    if where is not None:
+        where = checks.as_mask(where, batch, logits.shape, "the shard of classes")
+        if where.shape == logits.shape:
+            logits, where = jnp.where(where, logits, -jnp.inf), None
+    over = _mesh.varying_axes((logits, targets, where))
+    logits, targets = _mesh.varying((logits, targets), over)
+    where = _mesh.varying(where, over.difference(axes))
+    return _cross_entropy_over(axes)(logits, targets, where)
+
+
+def vocab_parallel_linear_softmax_cross_entropy(
+    inputs: ArrayLike,
+    kernel: ArrayLike,
+    targets: Targets,
+    *,
+    axis_name: AxisName,
+    bias: ArrayLike | None = None,
+    class_axis: int = -1,
+    where: ArrayLike | None = None,
+    weights: ArrayLike | None = None,
+    reduction: Literal["mean", "sum", "none"] = "mean",
+    logit_transform: LogitTransform | None = None,
+    memory_budget: int | None = None,
+) -> Float[Array, "*batch"]:
+    """`linear_softmax_cross_entropy` in a `jax.shard_map` that splits the kernel's classes.
+
+    loss = Σ_v t_v · (lse(z) − z_v),   z = logit_transform(inputs @ kernel + bias) on all devices
+
+    Forward, one maximum and one sum of vectors [...] cross devices (or of each chunk of tokens, if
+    memory for logits is short); backward, one sum of the inputs' gradient. Neither logits nor
+    kernel do.
+
+    Args:
+      inputs: The features of each token, float[..., D], the same on all devices along `axis_name`.
+      kernel: This device's shard, float[D, V / devices], or with class_axis=0 its transpose.
+      targets: Labels or SparseTargets whose classes, and background [V], are those of all devices;
+        or the shard of dense targets, float[..., V / devices], that goes with the kernel.
+      axis_name: The axis of the mesh, or axes, that the classes are split over.
+      bias: This device's shard, float[V / devices]. If V does not divide by the devices, pad the
+        classes: with a bias of −inf, and a logit transform that leaves −inf as it is, a class has
+        probability 0.
+      class_axis: The axis of the kernel that counts classes: 0, or 1 or −1.
+      where: Tokens to keep, bool[...]; the others have loss and gradient 0.
+      weights: Of each token's loss, float[...].
+      reduction: As in `linear_softmax_cross_entropy`, over this device's tokens. If tokens are
+        split over devices too, the mean of these means is another number than their mean: sum, and
+        divide the sum of all by the weight of all, as `data_parallel` does.
+      logit_transform: An elementwise function of the logits, such as `soft_cap(30.0)`.
+      memory_budget: Bytes for temporaries on each device, as in `linear_softmax_cross_entropy`;
+        None shares the half GiB of logits out among the devices along `axis_name`.
+
+    Returns:
+      What `linear_softmax_cross_entropy` returns, the same on all devices along `axis_name`.
+
+    Raises:
+      TypeError: An array is not floating-point, or where is not bool.
+      ValueError: Shapes do not fit; an option is none of those above; the devices do not have a
+        shard of the kernel each; or the shard_map has `check_vma=False`, and derivatives would lose
+        what crosses devices.
+
+    Example:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> from jax.sharding import NamedSharding, PartitionSpec as P
+      >>> import xentjax
+      >>> mesh = jax.make_mesh((jax.device_count(),), ("model",))
+      >>> inputs, labels = jnp.ones((2, 4)), jnp.array([5, 63])
+      >>> kernel = jax.device_put(jnp.zeros((4, 64)), NamedSharding(mesh, P(None, "model")))
+      >>> def loss_fn(inputs, kernel, labels):
+      ...     return xentjax.vocab_parallel_linear_softmax_cross_entropy(
+      ...         inputs, kernel, labels, axis_name="model"
+      ...     )
+      >>> specs = P(), P(None, "model"), P()
+      >>> loss = jax.jit(jax.shard_map(loss_fn, mesh=mesh, in_specs=specs, out_specs=P()))
+      >>> print(loss(inputs, kernel, labels).round(4), jnp.log(64).round(4))
+      4.1589 4.1589
+
+    Source:
+      Shoeybi et al., Megatron-LM, 2019, section 3.
+    """
+    kernel = checks.as_array("kernel", kernel)
+    axes = _mesh.axis_names(axis_name)
+    _mesh.check_shards("kernel", kernel, axes)
+    if bias is not None:
+        _mesh.check_shards("bias", checks.as_array("bias", bias), axes)
+    call = _linear.prepare(
+        inputs,
+        kernel,
+        targets,
+        bias,
+        class_axis,
+        where,
+        weights,
+        logit_transform,
+        memory_budget,
+        axes,
+    )
+    return _linear.reduced(call, reduction)
+
+
+@functools.cache
+def _cross_entropy_over(axes: tuple[Hashable, ...]) -> Callable[..., jax.Array]:
+    """Returns (logits, targets, mask) -> losses, of shards of the classes along mesh axes."""
+
+    def fwd(live, logits, targets, mask):
+        del live
+        kept = _masses.kept(targets, mask, _blocks.wide_dtype(logits.dtype))
+        block = _blocks.merge_over(_platform.block_of(logits, kept), axes)
+        return _masses.masked(block.loss, mask), (logits, targets, mask, block)
+
+    def bwd(live, residuals, cotangent):
+        of_loss_and_lse = cotangent, jnp.zeros_like(cotangent)
+        return _softmax.cross_entropy_bwd(live, residuals, of_loss_and_lse, axes)
+
+    return custom_vjp(lambda *args: fwd(None, *args)[0], fwd, bwd)

@@ -1,0 +1,1 @@
+"""The softmax engine: summaries of logits, their gradient, and the backends that compute both."""
