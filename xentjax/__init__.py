@@ -29,7 +29,9 @@ from xentjax._losses.softmax import (
     softmax_cross_entropy,
     softmax_cross_entropy_with_stats,
 )
-from xentjax._parallel.data import data_parallel, per_example, pmap_data_parallel
+from xentjax._parallel.accumulation import accumulate_gradients
+from xentjax._parallel.data import data_parallel, pmap_data_parallel
+from xentjax._parallel.examples import per_example
 from xentjax._parallel.vocab import (
     vocab_parallel_linear_softmax_cross_entropy,
     vocab_parallel_softmax_cross_entropy,
@@ -70,6 +72,7 @@ __all__ = [
     "WeightedSum",
     # One example, one device, many devices.
     "per_example",
+    "accumulate_gradients",
     "data_parallel",
     "pmap_data_parallel",
     "vocab_parallel_softmax_cross_entropy",

@@ -176,6 +176,13 @@ EXPORTED = {
         ).mean(),
         (Z, LABELS),
     ),
+    "accumulate_gradients": (
+        lambda z, t: xentjax.accumulate_gradients(
+            lambda z, t: xentjax.weighted_sum(xentjax.softmax_cross_entropy(z[None], t)),
+            microbatches=4,
+        )(z[0], t)[0],
+        (Z, LABELS),
+    ),
     "surprisal": (mean(xentjax.surprisal), (P,)),
     "entropy": (mean(xentjax.entropy), (P,)),
     "cross_entropy": (mean(xentjax.cross_entropy), (P, P[::-1])),

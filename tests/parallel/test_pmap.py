@@ -105,6 +105,6 @@ def test_it_exports():
     copies = jax.tree.map(lambda x: jnp.stack([x] * 4), make_params())
     platforms = ("cpu", "cuda", "tpu", "rocm")
     value_and_grad = pmap_data_parallel(loss_fn, devices=jax.devices("cpu"))
-    exported = export.export(value_and_grad, platforms=platforms)(copies, _stacked(make_batch(), 4))
+    exported = export.export(jax.jit(value_and_grad), platforms=platforms)(copies, _stacked(make_batch(), 4))
     assert exported.platforms == platforms
     assert exported.nr_devices == 4
