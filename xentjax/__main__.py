@@ -150,11 +150,25 @@ def _add_explain_options(parser: argparse.ArgumentParser) -> None:
 
 def _add_bench_options(parser: argparse.ArgumentParser) -> None:
     parser.epilog = (
-        "Example: python -m xentjax bench --cases labels,smoothing,language,gradient. Of words of "
-        "one kind (losses, sizes, dtypes, value or gradient) a case has one."
+        "Example: python -m xentjax bench --cases labels,smoothing,language,gradient. WORDS name "
+        "losses, sizes, dtypes, kinds of logits, and value or gradient. A case is measured if it "
+        "has one of the given words of each kind; a kind without a given word allows every case."
     )
-    parser.add_argument(
-        "--quick", action="store_true", help="smaller and fewer cases, in less than a minute"
+    parser.set_defaults(plan="full")
+    plans = parser.add_mutually_exclusive_group()
+    plans.add_argument(
+        "--quick",
+        action="store_const",
+        dest="plan",
+        const="quick",
+        help="smaller and fewer cases, in less than a minute",
+    )
+    plans.add_argument(
+        "--map",
+        action="store_const",
+        dest="plan",
+        const="map",
+        help="xentjax beside optax alone, at many sizes: speed and compile time of each case",
     )
     parser.add_argument(
         "--cases",
@@ -166,8 +180,7 @@ def _add_bench_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--rounds",
         type=_number(int, 1, 10_000),
-        default=10,
-        help="samples of each; fewer where a case takes long (10)",
+        help="samples of each; fewer where a case takes long (10; with --map 15)",
     )
     parser.add_argument("--json", type=_file, metavar="FILE", help="a record of every number")
     parser.add_argument(

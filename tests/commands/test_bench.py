@@ -17,10 +17,7 @@ import pytest
 
 import xentjax
 from xentjax.__main__ import main
-from xentjax._commands.bench import cases as _bench_cases
-from xentjax._commands.bench import contenders as _bench_contenders
-from xentjax._commands.bench import report as _bench_report
-from xentjax._commands.bench import timing as _bench_timing
+from xentjax._commands.bench import cases, contenders, report, timing
 from xentjax._commands.bench.cases import Case, Plan, Row, Size
 
 ROUNDS = 4
@@ -38,8 +35,10 @@ TINY = Plan(
     examples=(8,),
     classes=(5, 10),
     absent=("torch fused",),
+    rounds=10,
     patience=60,
-    repeats=1,
+    compilations=1,
+    imports=1,
 )
 EAGER = Case("eager", "small", SMALL, "float32", "value")
 
@@ -52,7 +51,7 @@ class Run(NamedTuple):
     err: str
     record: dict[str, Any]
     picture: Path
-    measurements: dict[Case, _bench_timing.Measurement]
+    measurements: dict[Case, timing.Measurement]
 
 
 def run_bench(*argv, columns=80, **patches):
@@ -63,11 +62,11 @@ def run_bench(*argv, columns=80, **patches):
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),
     ):
-        patch.setattr(_bench_cases, "QUICK", TINY)
-        patch.setattr(_bench_timing, "SAMPLE", 1e-12)  # One call each.
+        patch.setitem(cases.PLANS, "quick", TINY)
+        patch.setattr(timing, "SAMPLE", 1e-12)  # One call each.
         patch.setenv("COLUMNS", str(columns))
         for name, value in patches.items():
-            patch.setattr(_bench_timing, name, value)
+            patch.setattr(timing, name, value)
         code = main(["bench", "--quick", f"--rounds={ROUNDS}", *argv])
     return code, out.getvalue(), err.getvalue()
 
@@ -75,7 +74,7 @@ def run_bench(*argv, columns=80, **patches):
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bench")
-    found, measure = {}, _bench_timing.measure
+    found, measure = {}, timing.measure
 
     def recording(case, *args):
         found[case] = measure(case, *args)
@@ -119,7 +118,7 @@ def test_bench_records_the_setting(bench):
 
 
 def test_bench_records_every_sample(bench):
-    assert len(bench.record["cases"]) == len(_bench_cases.cases(TINY, "cpu")) == 15
+    assert len(bench.record["cases"]) == len(cases.all_cases(TINY, "cpu")) == 15
     for case in bench.record["cases"]:
         itemsize = 2 if case["dtype"] == "bfloat16" else 4
         assert case["logits_bytes"] == itemsize * case["examples"] * case["classes"]
@@ -157,7 +156,7 @@ def test_bench_counts_the_flops_of_the_matmuls(bench):
 def expected_value(case):
     """Returns the mean loss of a case, in float64 by NumPy."""
     (z, *kernel), targets = (
-        [np.asarray(x, np.float64) for x in side] for side in _bench_cases.inputs(case)
+        [np.asarray(x, np.float64) for x in side] for side in cases.inputs(case)
     )
     if case.loss == "head":
         z = z @ kernel[0]
@@ -184,7 +183,7 @@ def expected_value(case):
 def test_everyone_has_the_same_right_answer(bench):
     for case, measurement in bench.measurements.items():
         expected = expected_value(case)
-        for name in _bench_cases.contenders(case, TINY):
+        for name in cases.contenders(case, TINY):
             outcome = measurement.outcomes[name]
             if outcome.problem is None:  # Some ulp of float32, of a few nats.
                 assert outcome.value == pytest.approx(expected, rel=2e-6), (case, name)
@@ -292,32 +291,32 @@ def test_bench_leaves_a_gap(bench, tmp_path, problem):
     ],
 )
 def test_words_choose_cases(words, expected):
-    found = _bench_cases.cases(TINY, "cpu")
-    chosen = _bench_cases.chosen(found, TINY, words.split(","))
+    found = cases.all_cases(TINY, "cpu")
+    chosen = cases.chosen(found, TINY, words.split(","))
     assert len(chosen) == expected
 
 
 def test_large_cases_are_for_accelerators():
-    on_cpu, on_gpu = (_bench_cases.cases(TINY, platform) for platform in ("cpu", "gpu"))
+    on_cpu, on_gpu = (cases.all_cases(TINY, platform) for platform in ("cpu", "gpu"))
     assert [case for case in on_gpu if case not in on_cpu] == [
         Case("dense", "large", Size(32, 64), "bfloat16", output) for output in ("value", "gradient")
     ]
 
 
 def test_the_full_benchmark_has_every_case():
-    cases = _bench_cases.cases(_bench_cases.FULL, "cpu")
-    assert len(set(cases)) == len(cases)
+    found = cases.all_cases(cases.FULL, "cpu")
+    assert len(set(found)) == len(found)
     for loss in ("labels", "masked", "smoothing", "mixup", "dense"):
         for shape in ((256, 10), (4096, 1000), (2048, 50257)):
             for dtype in ("float32", "bfloat16"):
                 outputs = {
                     case.output
-                    for case in cases
+                    for case in found
                     if (case.loss, case.shape[:2], case.dtype) == (loss, shape, dtype)
                 }
                 assert outputs == {"value", "gradient"}, (loss, shape, dtype)
-    assert {case.shape for case in cases if case.loss == "head"} == {(2048, 50257, 768)}
-    assert {case.loss for case in cases} == set(_bench_contenders.CONTENDERS)
+    assert {case.shape for case in found if case.loss == "head"} == {(2048, 50257, 768)}
+    assert {case.loss for case in found} == set(contenders.CONTENDERS)
 
 
 NOT_ROUNDS = "argument --rounds: expected a whole number from 1 to 10000, got "
@@ -346,7 +345,7 @@ def test_bench_bad_arguments(argv, message):
 
 @pytest.mark.parametrize(
     ("option", "owner", "name"),
-    [("json", Path, "write_text"), ("output", _bench_report.Figure, "savefig")],
+    [("json", Path, "write_text"), ("output", report.Figure, "savefig")],
 )
 def test_bench_says_why_it_could_not_save(bench, monkeypatch, tmp_path, option, owner, name):
     def refuse(*args, **kwargs):

@@ -1,5 +1,6 @@
 """How the benchmark measures a case: in turns, its answers compared, with gaps where none is."""
 
+import dataclasses
 import sys
 import time
 import types
@@ -10,13 +11,11 @@ import numpy as np
 import pytest
 
 import xentjax
-from xentjax._commands.bench import cases as _bench_cases
-from xentjax._commands.bench import contenders as _bench_contenders
-from xentjax._commands.bench import timing as _bench_timing
+from xentjax._commands.bench import cases, contenders, timing
 from xentjax._commands.bench.cases import Case, Size
 from xentjax._commands.bench.timing import Outcome
 
-PLAN = _bench_cases.QUICK
+PLAN = dataclasses.replace(cases.QUICK, rounds=1)
 EAGER = Case("eager", "small", Size(8, 5), "float32", "value")
 HEAD = Case("head", "language", Size(16, 40, 4), "float32", "gradient")
 
@@ -30,7 +29,7 @@ def test_a_gradient_in_bfloat16_is_rounded():
 
 def test_without_pytorch(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
-    measurement = _bench_timing.measure(EAGER, 1, PLAN)
+    measurement = timing.measure(EAGER, PLAN)
     assert measurement.outcomes["torch"] == Outcome(problem="not installed")
     assert len(measurement.outcomes["xentjax"].seconds) == 1
 
@@ -39,17 +38,17 @@ def test_without_pytorch(monkeypatch):
 def test_pytorch_elsewhere(monkeypatch, has_cuda):
     """Where JAX has a GPU, PyTorch must have it too."""
     torch = types.SimpleNamespace(cuda=types.SimpleNamespace(is_available=lambda: has_cuda))
-    assert _bench_timing._why_not("torch", torch) is None
+    assert timing._why_not("torch", torch) is None
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     expected = None if has_cuda else "not on this device"
-    assert _bench_timing._why_not("torch", torch) == expected
-    assert _bench_timing._why_not("tokamax", types.SimpleNamespace()) is None
+    assert timing._why_not("torch", torch) == expected
+    assert timing._why_not("tokamax", types.SimpleNamespace()) is None
 
 
 def test_a_package_without_the_function(monkeypatch):
     monkeypatch.setitem(sys.modules, "tokamax", types.ModuleType("tokamax"))
-    contender = _bench_contenders.CONTENDERS["head"]["tokamax"]
-    assert isinstance(contender, _bench_contenders.Foreign)
+    contender = contenders.CONTENDERS["head"]["tokamax"]
+    assert isinstance(contender, contenders.Foreign)
     assert contender.load() is None
 
 
@@ -68,13 +67,13 @@ def fake_tokamax(factor):
 @pytest.mark.parametrize("factor", [1, 1.001])
 def test_answers_are_compared(monkeypatch, factor):
     monkeypatch.setitem(sys.modules, "tokamax", fake_tokamax(factor))
-    everyone = _bench_contenders.CONTENDERS["head"]
+    everyone = contenders.CONTENDERS["head"]
     monkeypatch.setitem(
-        _bench_contenders.CONTENDERS,
+        contenders.CONTENDERS,
         "head",
         {name: everyone[name] for name in ("xentjax", "optax", "tokamax")},
     )
-    outcome = _bench_timing.measure(HEAD, 1, PLAN).outcomes["tokamax"]
+    outcome = timing.measure(HEAD, PLAN).outcomes["tokamax"]
     assert outcome.value_difference == pytest.approx(factor - 1, abs=1e-6)
     assert outcome.gradient_difference == pytest.approx(factor - 1, abs=1e-6)
     assert outcome.is_wrong("float32") == (factor != 1)
@@ -85,14 +84,14 @@ def test_out_of_memory_is_a_gap_and_other_errors_are_not(monkeypatch):
         raise RuntimeError(message)
 
     everyone = {"xentjax": xentjax.softmax_cross_entropy, "optax": fail}
-    monkeypatch.setitem(_bench_contenders.CONTENDERS, "eager", everyone)
+    monkeypatch.setitem(contenders.CONTENDERS, "eager", everyone)
     message = "RESOURCE_EXHAUSTED: Out of memory allocating 7 bytes"
-    outcomes = _bench_timing.measure(EAGER, 1, PLAN).outcomes
+    outcomes = timing.measure(EAGER, PLAN).outcomes
     assert outcomes["optax"].problem == "out of memory"
     assert outcomes["xentjax"].value_difference is None  # There is nothing to compare it with.
     message = "INTERNAL: a bug"
     with pytest.raises(RuntimeError, match="a bug"):
-        _bench_timing.measure(EAGER, 1, PLAN)
+        timing.measure(EAGER, PLAN)
 
 
 class Result:
@@ -100,7 +99,7 @@ class Result:
 
 
 def test_samples_take_turns_and_no_result_outlives_its_own(monkeypatch):
-    monkeypatch.setattr(_bench_timing, "SAMPLE", 1e-12)
+    monkeypatch.setattr(timing, "SAMPLE", 1e-12)
     alive, order = weakref.WeakSet(), []
 
     def contender(name):
@@ -115,7 +114,7 @@ def test_samples_take_turns_and_no_result_outlives_its_own(monkeypatch):
 
     calls = {name: contender(name) for name in "abc"}
     outcomes = {name: Outcome() for name in calls}
-    count = _bench_timing._sample(calls, outcomes, rounds=5, patience=0)
+    count = timing._sample(calls, outcomes, rounds=5, patience=0)
     assert count == dict.fromkeys("abc", 1)
     # Once to see how long a call takes, then three rounds: after those there is no patience.
     assert "".join(order) == "abc" + "cba" + "abc" + "cba"
@@ -123,8 +122,8 @@ def test_samples_take_turns_and_no_result_outlives_its_own(monkeypatch):
 
 
 def test_a_long_call_is_the_only_sample(monkeypatch):
-    monkeypatch.setattr(_bench_timing, "LONG", 0.5)
-    monkeypatch.setattr(_bench_timing, "SAMPLE", 1e-12)
+    monkeypatch.setattr(timing, "LONG", 0.5)
+    monkeypatch.setattr(timing, "SAMPLE", 1e-12)
     called = {"short": 0, "long": 0}
 
     def contender(name, seconds):
@@ -137,7 +136,7 @@ def test_a_long_call_is_the_only_sample(monkeypatch):
 
     calls = {"short": contender("short", 0), "long": contender("long", 0.51)}
     outcomes = {name: Outcome() for name in calls}
-    assert _bench_timing._sample(calls, outcomes, rounds=2, patience=60) == {"short": 1, "long": 1}
+    assert timing._sample(calls, outcomes, rounds=2, patience=60) == {"short": 1, "long": 1}
     assert called == {"short": 3, "long": 1}
     assert len(outcomes["short"].seconds) == 2
     (seconds,) = outcomes["long"].seconds
@@ -147,8 +146,8 @@ def test_a_long_call_is_the_only_sample(monkeypatch):
 def test_short_calls_are_repeated(monkeypatch):
     outcomes = {"a": Outcome()}
     times = iter(np.arange(0, 1000, 1e-3))
-    monkeypatch.setattr(_bench_timing.time, "perf_counter", lambda: next(times))
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: next(times))
     # The clock moves 1 ms a look: a call seems to take that, and a sample of five 1 / 5 ms each.
-    count = _bench_timing._sample({"a": lambda: ((), ())}, outcomes, rounds=2, patience=60)
+    count = timing._sample({"a": lambda: ((), ())}, outcomes, rounds=2, patience=60)
     assert count == {"a": 5}
     assert outcomes["a"].seconds == pytest.approx([2e-4] * 2)

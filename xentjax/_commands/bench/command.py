@@ -25,10 +25,9 @@ from rich.console import Console
 from rich.progress import Progress
 
 import xentjax
-from xentjax._commands.bench import cases as _bench_cases
-from xentjax._commands.bench import report as _bench_report
-from xentjax._commands.bench import timing as _bench_timing
+from xentjax._commands.bench import cases, report, speed_map, timing
 from xentjax._commands.bench.cases import Case, Plan
+from xentjax._commands.bench.contenders import CONTENDERS
 from xentjax._commands.bench.timing import REFERENCE, TOLERANCE, Measurement, Outcome
 from xentjax._commands.common import fail
 
@@ -39,26 +38,33 @@ def run(arguments: argparse.Namespace) -> int:
     """Measures, prints the tables, saves record and picture; returns the exit code."""
     console = Console()
     start = time.perf_counter()
-    plan = _bench_cases.QUICK if arguments.quick else _bench_cases.FULL
-    cases, with_imports = choose(arguments.cases, plan)
-    record = setting(plan, arguments)
+    plan = cases.PLANS[arguments.plan]
+    if arguments.rounds is not None:
+        plan = dataclasses.replace(plan, rounds=arguments.rounds)
+    chosen, with_imports = choose(arguments.cases, plan)
+    record = setting(plan, arguments.plan)
     console.print(summary(record), highlight=False)
     measurements = []
     with Progress(console=console) as progress:
-        bar = progress.add_task("", total=len(cases) + with_imports)
-        for case in cases:
+        bar = progress.add_task("", total=len(chosen) + with_imports)
+        for case in chosen:
             progress.update(bar, description=f"{case.loss} {case.size} {case.output}")
-            measurements.append(_bench_timing.measure(case, arguments.rounds, plan))
+            measurements.append(timing.measure(case, plan))
             progress.advance(bar)
         if with_imports:
             progress.update(bar, description="import")
-            record["import_seconds"] = _bench_timing.import_seconds(plan.repeats)
+            record["import_seconds"] = timing.import_seconds(plan.imports)
             progress.advance(bar)
     torch = sys.modules.get("torch")
     record["torch_threads"] = None if torch is None else torch.get_num_threads()
     record["cases"] = [as_json(measurement) for measurement in measurements]
-    _bench_report.tables(console, measurements)
-    console.print("\n".join(remarks(measurements, record)), highlight=False)
+    if arguments.plan == "map":
+        record["map"] = speed_map.summary(measurements)
+        speed_map.tables(console, measurements)
+    else:
+        report.tables(console, measurements)
+        console.print("\n".join(remarks(measurements, record)), highlight=False)
+    console.print("\n".join(wrong_answers(measurements)), highlight=False)
     try:
         if arguments.json is not None:
             arguments.json.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
@@ -66,8 +72,8 @@ def run(arguments: argparse.Namespace) -> int:
     except OSError as error:
         return fail(f"argument --json: {error}")
     try:
-        if any(case.size == "scaling" for case in cases):
-            picture = _bench_report.picture(measurements, plan, place(record))
+        if any(case.size == "scaling" for case in chosen):
+            picture = report.picture(measurements, plan, place(record))
             picture.savefig(arguments.output, dpi=150)
             print(f"Picture: {arguments.output}")
     except OSError as error:
@@ -78,21 +84,21 @@ def run(arguments: argparse.Namespace) -> int:
 
 def choose(given: Collection[str], plan: Plan) -> tuple[list[Case], bool]:
     """Returns the cases to measure, and whether to measure imports; raises ArgumentError."""
-    known = list(itertools.chain(*_bench_cases.words(plan)))
+    known = list(itertools.chain(*cases.words(plan)))
     unknown = [word for word in given if word not in known]
     if unknown:
         expected = f"expected words of {', '.join(known)}, with commas between them"
         raise argparse.ArgumentError(None, f"argument --cases: {expected}, got {unknown[0]!r}")
-    cases = _bench_cases.cases(plan, jax.default_backend())
-    cases = _bench_cases.chosen(cases, plan, given)
-    with_imports = not given or "import" in given
-    if not cases and not with_imports:
+    found = cases.all_cases(plan, jax.default_backend())
+    found = cases.chosen(found, plan, given)
+    with_imports = plan.imports > 0 and (not given or "import" in given)
+    if not found and not with_imports:
         message = f"expected words that a case has together, got {','.join(given)}"
         raise argparse.ArgumentError(None, f"argument --cases: {message}")
-    return cases, with_imports
+    return found, with_imports
 
 
-def setting(plan: Plan, arguments: argparse.Namespace) -> dict[str, Any]:
+def setting(plan: Plan, name: str) -> dict[str, Any]:
     """Returns what the numbers depend on: machine, versions, and how they are taken."""
     device = jax.devices()[0]
     return {
@@ -115,8 +121,8 @@ def setting(plan: Plan, arguments: argparse.Namespace) -> dict[str, Any]:
         },
         "xla_flags": os.environ.get("XLA_FLAGS"),
         "glibc_tunables": os.environ.get("GLIBC_TUNABLES"),
-        "plan": "quick" if arguments.quick else "full",
-        "rounds": arguments.rounds,
+        "plan": name,
+        "rounds": plan.rounds,
         "patience_seconds": plan.patience,
     }
 
@@ -174,16 +180,16 @@ def as_json(measurement: Measurement) -> dict[str, Any]:
         name: outcome_as_json(outcome) | {"calls_per_sample": measurement.calls.get(name)}
         for name, outcome in measurement.outcomes.items()
     }
-    limits = _bench_cases.limits(case)
     return {
         "loss": case.loss,
         "size": case.size,
         **case.shape._asdict(),
         "dtype": case.dtype,
         "output": case.output,
+        "logits": case.logits,
         "logits_bytes": case.logits_bytes,
-        "contenders": {name: x for name, x in outcomes.items() if name not in limits},
-        "limits": {name: outcomes[name] for name in limits},
+        "contenders": {name: x for name, x in outcomes.items() if name in CONTENDERS[case.loss]},
+        "limits": {name: x for name, x in outcomes.items() if name not in CONTENDERS[case.loss]},
     }
 
 
@@ -210,14 +216,18 @@ def remarks(measurements: Sequence[Measurement], record: dict[str, Any]) -> Iter
         alone, both = (np.median(samples) for samples in record["import_seconds"].values())
         yield f"\nimport jax: {alone:.2f} s; import jax, xentjax: {both:.2f} s"
     optax = "xentjax takes longer than optax"
-    slower = _bench_report.slower(measurements)
+    slower = report.slower(measurements)
     if measurements:
         yield f"\n{optax} in none of these." if not slower else f"\n{optax} in:"
     yield from (f"  {line}" for line in slower)
+
+
+def wrong_answers(measurements: Sequence[Measurement]) -> Iterator[str]:
+    """Yields who does not answer what the reference does."""
     for m in measurements:
         for name, outcome in m.outcomes.items():
             if outcome.is_wrong(m.case.dtype):
-                yield f"\n{_bench_report.describe(m)}: {wrong(name, outcome)}"
+                yield f"\n{report.describe(m)}: {wrong(name, outcome)}"
 
 
 def wrong(name: str, outcome: Outcome) -> str:
@@ -236,7 +246,7 @@ def check(measurements: Sequence[Measurement]) -> int:
     for m in measurements:
         if m.outcomes["xentjax"].is_wrong(m.case.dtype):
             return fail(
-                f"{_bench_report.describe(m)}: {wrong('xentjax', m.outcomes['xentjax'])}; "
+                f"{report.describe(m)}: {wrong('xentjax', m.outcomes['xentjax'])}; "
                 f"expected at most {TOLERANCE:g}, or a rounding of the gradient"
             )
     return 0

@@ -94,7 +94,17 @@ def _torch_mixup(torch, z, a, b, share):
 
 def _plain_smoothing(z, y):
     log_p, log_y = _log_probability(z, y)
-    return -((1 - SMOOTHING) * log_y + SMOOTHING * log_p.mean(-1)).mean()
+    return -((1 - SMOOTHING) * log_y + SMOOTHING * log_p.mean(-1))
+
+
+def _plain_excluded(z, t):
+    surprisals = -jax.nn.log_softmax(_wide(z))
+    return (t * jnp.where(t > 0, surprisals, 0)).sum(-1).mean()
+
+
+def _torch_excluded(torch, z, t):
+    finite = z.float().clamp(min=torch.finfo(torch.float32).min)
+    return _cross_entropy(torch, finite, t)
 
 
 def _plain_binary(z, t):
@@ -132,6 +142,20 @@ CONTENDERS: dict[str, dict[str, Callable[..., Any] | Foreign]] = {
             lambda torch, z, y: torch.nn.functional.cross_entropy(z, y, reduction="none")
         ),
     },
+    "eager-smoothing": {
+        "xentjax": lambda z, y: xentjax.softmax_cross_entropy(
+            z, xentjax.smooth_labels(y, SMOOTHING)
+        ),
+        "optax": lambda z, y: optax.softmax_cross_entropy(
+            z, optax.smooth_labels(_one_hot(y, z), SMOOTHING)
+        ),
+        "jax.nn": _plain_smoothing,
+        "torch": _torch(
+            lambda torch, z, y: torch.nn.functional.cross_entropy(
+                z, y, label_smoothing=SMOOTHING, reduction="none"
+            )
+        ),
+    },
     "labels": {
         "xentjax": lambda z, y: xentjax.softmax_cross_entropy(z, y).mean(),
         "optax": lambda z, y: _optax_labels(_wide(z), y).mean(),
@@ -151,7 +175,7 @@ CONTENDERS: dict[str, dict[str, Callable[..., Any] | Foreign]] = {
         "optax": lambda z, y: optax.softmax_cross_entropy(
             _wide(z), optax.smooth_labels(_one_hot(y, z), SMOOTHING)
         ).mean(),
-        "jax.nn": _plain_smoothing,
+        "jax.nn": lambda z, y: _plain_smoothing(z, y).mean(),
         "torch": _torch(lambda t, z, y: _cross_entropy(t, z, y, label_smoothing=SMOOTHING)),
     },
     "mixup": {
@@ -165,6 +189,12 @@ CONTENDERS: dict[str, dict[str, Callable[..., Any] | Foreign]] = {
         "optax": lambda z, t: optax.softmax_cross_entropy(_wide(z), t).mean(),
         "jax.nn": lambda z, t: -(t * jax.nn.log_softmax(_wide(z))).sum(-1).mean(),
         "torch": _torch(_cross_entropy),
+    },
+    "excluded": {  # Classes that cannot be: their logits are −inf, and no target has them.
+        "xentjax": lambda z, t: xentjax.softmax_cross_entropy(z, t).mean(),
+        "optax": lambda z, t: optax.safe_softmax_cross_entropy(_wide(z), t).mean(),
+        "jax.nn": _plain_excluded,
+        "torch": _torch(_torch_excluded),
     },
     "binary": {
         "xentjax": lambda z, t: xentjax.sigmoid_binary_cross_entropy(z, t).mean(),

@@ -54,12 +54,12 @@ def _table(group: list[Measurement]) -> Table:
         low, median, high = ours.quartiles() if ours.seconds else (math.nan,) * 3
         table.add_row(
             m.case.loss + (" ∇" if m.case.output == "gradient" else ""),
-            ours.problem or _number(1000 * median),
+            ours.problem or three_digits(1000 * median),
             f"{50 * (high - low) / median:.0f}%" if ours.seconds else "",
             *(_ratio(m, name) for name in others),
-            _times(ours.median() / m.outcomes[limit].median()),
+            ratio_text(ours.median() / m.outcomes[limit].median()),
             *(_percent(outcome.temporaries, m.case.logits_bytes) for outcome in (ours, optax)),
-            _times(optax.compile_median() / ours.compile_median()),
+            ratio_text(optax.compile_median() / ours.compile_median()),
         )
     return table
 
@@ -73,7 +73,7 @@ def _title(group: list[Measurement]) -> str:
     takes = []
     for name in ("matmuls",) if is_head else ("copy", "read"):
         medians = [1000 * m.outcomes[name].median() for m in group]
-        low, high = _number(min(medians)), _number(max(medians))
+        low, high = three_digits(min(medians)), three_digits(max(medians))
         takes.append(f"{name} {low if low == high else f'{low} … {high}'} ms")
     logits = f"{case.logits_bytes / 2**20:.3g} MiB"
     return f"{case.size}: {shape} {case.dtype}, {logits}; {', '.join(takes)}"
@@ -84,10 +84,10 @@ def _ratio(m: Measurement, name: str) -> str:
     other, ours = m.outcomes[name], m.outcomes["xentjax"]
     if other.problem is not None:
         return other.problem if other.problem == OUT_OF_MEMORY else "–"
-    return "wrong" if other.is_wrong(m.case.dtype) else _times(other.median() / ours.median())
+    return "wrong" if other.is_wrong(m.case.dtype) else ratio_text(other.median() / ours.median())
 
 
-def _number(x: float) -> str:
+def three_digits(x: float) -> str:
     """Returns three digits of a number, never in powers of ten."""
     if not math.isfinite(x):
         return "–"
@@ -95,7 +95,7 @@ def _number(x: float) -> str:
     return f"{x:.{min(max(digits, 0), 4)}f}"
 
 
-def _times(ratio: float) -> str:
+def ratio_text(ratio: float) -> str:
     """Returns a ratio with two decimals, or fewer where it is large."""
     return f"{ratio:.{2 if ratio < 10 else 1 if ratio < 100 else 0}f}" if ratio > 0 else "–"
 
@@ -120,7 +120,8 @@ def slower(measurements: Iterable[Measurement]) -> list[str]:
 def describe(m: Measurement) -> str:
     """Returns the name of a case."""
     n, v, *_ = m.case.shape
-    return f"{m.case.loss}, {m.case.output}, {n} × {v} {m.case.dtype}"
+    logits = "" if m.case.logits == "ordinary" else f" {m.case.logits}"
+    return f"{m.case.loss}, {m.case.output}, {n} × {v} {m.case.dtype}{logits}"
 
 
 Points = dict[str, dict[Size, Measurement]]

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import xentjax
-from xentjax._commands.bench import cases as _bench_cases
+from xentjax._commands.bench import cases
 from xentjax._commands.bench.cases import Case, Plan
 from xentjax._commands.bench.contenders import Foreign
 
@@ -93,11 +93,11 @@ class Measurement:
     calls: dict[str, int]
 
 
-def measure(case: Case, rounds: int, plan: Plan) -> Measurement:
+def measure(case: Case, plan: Plan) -> Measurement:
     """Compiles everyone, compares what they answer, and takes samples in turn."""
-    contenders, limits = _bench_cases.contenders(case, plan), _bench_cases.limits(case)
+    contenders, limits = cases.contenders(case, plan), cases.limits(case, plan)
     outcomes = {name: Outcome() for name in (*contenders, *limits)}
-    primals, targets = _bench_cases.inputs(case)
+    primals, targets = cases.inputs(case)
     calls, functions = {}, {}
     for name, contender in contenders.items():
         if isinstance(contender, Foreign):
@@ -112,15 +112,15 @@ def measure(case: Case, rounds: int, plan: Plan) -> Measurement:
             calls[name] = _torch_call(function, primals, targets, case.output)
             continue
         function = _with_output(function, len(primals), case.output)
-        if case.loss == "eager":
+        if case.is_eager:
             calls[name] = functools.partial(_ready, function, (*primals, *targets))
         else:
             functions[name] = function
     for name, limit in limits.items():
         functions[name] = functools.partial(_limit, limit, len(primals))
-    calls |= _compiled(functions, (*primals, *targets), outcomes, plan.repeats)
+    calls |= _compiled(functions, (*primals, *targets), outcomes, plan.compilations)
     calls = _warm(calls, outcomes, contenders)
-    return Measurement(case, outcomes, _sample(calls, outcomes, rounds, plan.patience))
+    return Measurement(case, outcomes, _sample(calls, outcomes, plan.rounds, plan.patience))
 
 
 def _why_not(name, package):

@@ -1,0 +1,168 @@
+"""The speed map of `python -m xentjax bench --map`: optax beside xentjax at every kind of size.
+
+A speed is optax's time ÷ ours; a compile time is ours ÷ optax's.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from xentjax._commands.bench.report import describe, ratio_text, three_digits
+from xentjax._commands.bench.timing import Measurement
+
+GOALS = {"value": 0.8, "gradient": 0.95}
+"""The least speed that a case should have."""
+
+LEGEND = """\
+ours, ms  median of the samples, of the mean loss (∇: with its gradient)
+speed     what optax takes ÷ what ours takes: above 1, xentjax is faster
+compile   what ours takes to trace and compile from nothing ÷ what optax takes
+x50       logits times 50
+low16     the first 16 columns of the logits at −200
+excluded  dense targets; a tenth of the classes is ruled out: target 0, logit −inf
+unusual   x50, low16 and excluded"""
+
+
+def speed(m: Measurement) -> float:
+    """Returns what optax takes ÷ what ours takes."""
+    return m.outcomes["optax"].median() / m.outcomes["xentjax"].median()
+
+
+def compile_ratio(m: Measurement) -> float:
+    """Returns what ours takes to trace and compile ÷ what optax takes."""
+    return m.outcomes["xentjax"].compile_median() / m.outcomes["optax"].compile_median()
+
+
+def tables(console: Console, measurements: Sequence[Measurement]) -> None:
+    """Prints the speed of every case, what unusual logits cost, and a summary."""
+    groups: dict[tuple, list[Measurement]] = {}
+    for m in measurements:
+        groups.setdefault((m.case.shape, m.case.dtype), []).append(m)
+    for (size, dtype), group in groups.items():
+        title = f"{size.examples} × {size.classes} {dtype}"
+        console.print(title, style="bold", highlight=False)
+        console.print(_table(group))
+    console.print(LEGEND, highlight=False)
+    unusual = list(beside_ordinary(measurements))
+    if unusual:
+        console.print("\nWhat ours takes ÷ what it takes with ordinary logits", style="bold")
+        console.print(_unusual_table(unusual))
+    console.print("\nGeometric means of the compiled cases, and the worst", style="bold")
+    console.print(_summary_table(summary(measurements)))
+    for line in below_goals(measurements):
+        console.print(line, highlight=False)
+
+
+def _new_table(first: str, *headings: str) -> Table:
+    """Returns a table whose first column may fold, and whose numbers never do."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=0)
+    table.add_column(first)
+    for heading in headings:
+        table.add_column(heading, justify="right", no_wrap=True)
+    return table
+
+
+def _table(group: Sequence[Measurement]) -> Table:
+    """Returns the table of one size and dtype: a row has the value and the gradient."""
+    table = _new_table(
+        "", "ours,\nms", "speed", "com-\npile", "∇ ours,\nms", "∇\nspeed", "∇ com-\npile"
+    )
+    rows: dict[str, dict[str, Measurement]] = {}
+    for m in group:
+        logits = "" if m.case.logits == "ordinary" else f" {m.case.logits}"
+        rows.setdefault(m.case.loss + logits, {})[m.case.output] = m
+    for name, outputs in rows.items():
+        cells = []
+        for output in GOALS:
+            m = outputs.get(output)
+            cells += ["", "", ""] if m is None else _cells(m)
+        table.add_row(name, *cells)
+    return table
+
+
+def _cells(m: Measurement) -> list[str]:
+    ratios = ratio_text(speed(m)), ratio_text(compile_ratio(m))
+    return [three_digits(1000 * m.outcomes["xentjax"].median()), *ratios]
+
+
+def beside_ordinary(measurements: Sequence[Measurement]) -> Iterator[tuple[Measurement, float]]:
+    """Yields each case of unusual logits, and our time ÷ that with ordinary logits."""
+    found = {m.case: m for m in measurements}
+    for m in measurements:
+        ordinary = found.get(dataclasses.replace(m.case, logits="ordinary"))
+        if m.case.logits != "ordinary" and ordinary is not None:
+            ours, usual = (x.outcomes["xentjax"].median() for x in (m, ordinary))
+            yield m, ours / usual
+
+
+def _unusual_table(unusual: Sequence[tuple[Measurement, float]]) -> Table:
+    table = _new_table("", "÷ ordinary")
+    for m, ratio in unusual:
+        table.add_row(describe(m), ratio_text(ratio))
+    return table
+
+
+def summary(measurements: Sequence[Measurement]) -> dict[str, Any]:
+    """Returns `side` of the usual and of the unusual cases, for speeds and compile times.
+
+    Only compiled cases count.
+    """
+    compiled = [m for m in measurements if not m.case.is_eager]
+    groups = {
+        "usual": [m for m in compiled if not m.case.is_unusual],
+        "unusual": [m for m in compiled if m.case.is_unusual],
+    }
+    return {
+        name: {
+            "speed": side([m for m in group if m.case.output == "value"], speed, min),
+            "speed ∇": side([m for m in group if m.case.output == "gradient"], speed, min),
+            "compile": side(group, compile_ratio, max),
+        }
+        for name, group in groups.items()
+    }
+
+
+def side(
+    measurements: Sequence[Measurement],
+    ratio: Callable[[Measurement], float],
+    worst_of: Callable[..., Measurement],
+) -> dict[str, Any] | None:
+    """Returns how many cases there are, the geometric mean of a ratio, and the worst case."""
+    measured = [m for m in measurements if math.isfinite(ratio(m))]
+    if not measured:
+        return None
+    worst = worst_of(measured, key=ratio)
+    return {
+        "cases": len(measured),
+        "geometric_mean": float(np.exp(np.mean(np.log([ratio(m) for m in measured])))),
+        "worst": ratio(worst),
+        "worst_case": describe(worst),
+    }
+
+
+def _summary_table(found: dict[str, Any]) -> Table:
+    table = _new_table("", "cases", "mean", "worst")
+    table.add_column("in")
+    for group, sides in found.items():
+        for name, numbers in sides.items():
+            if numbers is not None:
+                ratios = ratio_text(numbers["geometric_mean"]), ratio_text(numbers["worst"])
+                cells = str(numbers["cases"]), *ratios, numbers["worst_case"]
+                table.add_row(f"{group}, {name}", *cells)
+    return table
+
+
+def below_goals(measurements: Sequence[Measurement]) -> Iterator[str]:
+    """Yields a heading for each goal, and the cases that miss it, slowest first."""
+    for output, goal in GOALS.items():
+        ms = [m for m in measurements if m.case.output == output]
+        missed = sorted((m for m in ms if speed(m) < goal), key=speed)
+        if ms:
+            yield f"\nSpeed below {goal:g}, {output}: {len(missed)} of {len(ms)}"
+            yield from (f"  {ratio_text(speed(m))}  {describe(m)}" for m in missed)
