@@ -1,6 +1,7 @@
 """Means that stay right: masks, weights, microbatches, lanes; against float64 NumPy."""
 
 import functools
+import itertools
 from typing import Any
 
 import jax
@@ -87,6 +88,73 @@ def test_empty_batch_is_0():
     assert WeightedSum.zero().mean() == 0
 
 
+@pytest.mark.parametrize("axis", [0, -1, (0, 1), [1, 0]])
+@pytest.mark.parametrize("name", SELECTIONS)
+def test_mean_along_axes(name, axis):
+    """Of each sequence or image by itself, those that keep nothing among them."""
+    selection = {
+        k: np.where(np.arange(4) == 3, 0, v).astype(v.dtype) for k, v in SELECTIONS[name].items()
+    }
+    along = {"axis": tuple(axis) if isinstance(axis, list) else axis}
+    where, weights = selection.get("where", True), selection.get("weights", 1.0)
+    kept = np.where(where, weights, 0).astype(float) * np.ones(LOSSES.shape)
+    total, weight = (kept * LOSSES).sum(**along), kept.sum(**along)
+    want = np.divide(total, weight, out=np.zeros_like(total), where=weight > 0)
+    got = xentjax.weighted_mean(LOSSES, axis=axis, **selection)
+    assert got.shape == want.shape
+    np.testing.assert_allclose(got, want, rtol=RTOL)
+    lanes = jax.vmap(
+        lambda x, s: xentjax.weighted_mean(x, axis=axis, axis_name="lanes", **s),
+        axis_name="lanes",
+    )
+    stacked = {k: np.stack([v, v]) for k, v in selection.items()}
+    both = lanes(np.stack([LOSSES, 3 * LOSSES]), stacked)
+    np.testing.assert_allclose(both, np.stack([2 * want] * 2), rtol=2 * RTOL)
+
+
+def test_weight_0_drops_an_infinite_loss_and_its_gradient():
+    losses, weights = jnp.array([1.0, np.inf, -np.inf]), jnp.array([1.0, 0.0, 0.0])
+
+    def mean(losses, weights):
+        return xentjax.weighted_mean(losses, weights=weights)
+
+    value, (to_losses, to_weights) = jax.value_and_grad(mean, (0, 1))(losses, weights)
+    assert value == 1
+    np.testing.assert_array_equal(to_losses, [1, 0, 0])
+    assert np.isfinite(to_weights).all()
+    assert mean(losses[:2], jnp.ones(2)) == np.inf
+    assert np.isnan(mean(jnp.array([1.0, np.nan]), weights[:2]))  # NaN is nobody's 0.
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.uint8, bool, np.float16, np.float64])
+def test_weights_of_any_real_dtype(dtype):
+    counts = np.array([[2, 1, 0, 1]] * 6).astype(dtype)
+    want = xentjax.weighted_mean(LOSSES, weights=counts.astype(np.float32))
+    for x64 in (False, True):
+        with jax.enable_x64(x64):
+            got = xentjax.weighted_mean(LOSSES, weights=counts)
+            assert (got, got.dtype) == (want, jnp.float32)
+
+
+@pytest.mark.parametrize("size", [1e-25, 1e-12, 1e12, 1e30])
+def test_derivatives_of_the_mean_at_any_size_of_the_weight(size):
+    """The plain quotient's derivative divides by the square of the weight."""
+    total, weight = np.float32(2 * size), np.float32(size)
+    t, w = float(total), float(weight)
+
+    def mean(total, weight):
+        return WeightedSum(total, weight).mean()
+
+    to_total, to_weight = jax.grad(mean, (0, 1))(total, weight)
+    np.testing.assert_allclose([to_total, to_weight], [1 / w, -t / w**2], rtol=1e-6)
+    np.testing.assert_allclose(jax.jvp(mean, (total, weight), (weight, weight))[1], -1, rtol=1e-6)
+    if 1e-19 < size < 1e19:  # 1 / w² is a float32.
+        for modes in (jax.hessian, lambda f, n: jax.jacfwd(jax.jacfwd(f, n), n)):
+            second = modes(mean, (0, 1))(total, weight)
+            want = [[0, -1 / w**2], [-1 / w**2, 2 * t / w**3]]
+            np.testing.assert_allclose(second, want, rtol=1e-6)
+
+
 @pytest.mark.parametrize("junk", [np.nan, np.inf, -np.inf])
 def test_what_is_masked_out_is_not_looked_at(junk):
     losses, weights = LOSSES.copy(), WEIGHTS.copy()
@@ -150,6 +218,105 @@ def test_uneven_parts_add_up():
     number: Any = 1.0
     with pytest.raises(TypeError, match="unsupported operand"):
         _ = whole + number
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def add_often(parts, losses, times):
+    def step(_, parts):
+        return parts + xentjax.weighted_sum(losses)
+
+    return jax.lax.fori_loop(0, times, step, parts)
+
+
+@pytest.mark.parametrize("loss", [3.0, 2.7182818, 1.1])
+def test_sums_do_not_saturate(loss):
+    """In float32, 2²⁵ additions of 3.0 one by one come to the mean 4.0."""
+    losses = jnp.array([loss], jnp.float32)
+    parts = add_often(WeightedSum.zero(), losses, 2**21)
+    assert parts.weight == 2**21
+    np.testing.assert_allclose(parts.mean(), losses[0], rtol=2e-7)
+    # The last of 10¹⁰ tokens count as much as the first.
+    many = WeightedSum(np.float32(1e10 * loss), np.float32(1e10))
+    more = add_often(many, losses, 2**18)
+
+    def exact(total, errors):
+        return sum(map(float, (total, *errors)))
+
+    gained = exact(more.total, more.total_errors) - float(many.total)
+    assert gained == 2**18 * float(losses[0])
+    assert exact(more.weight, more.weight_errors) - 1e10 == 2**18
+    doubled = functools.reduce(lambda s, _: s + s, range(12), parts)  # 2³³ losses.
+    np.testing.assert_allclose(doubled.mean(), losses[0], rtol=2e-7)
+
+
+def test_sums_of_unlike_batches_do_not_saturate():
+    sizes = [1, 2**24, 7, 2**22, 1, 1] * 3
+    rows = [WeightedSum(np.float32(2.5 * n), np.float32(n)) for n in sizes]
+    many = WeightedSum(np.float32(2.5e10), np.float32(1e10))
+    whole = sum([many, *rows, *rows[::-1]])
+    want = 1e10 + 2 * sum(sizes)
+    assert float(whole.weight) == float(np.float32(want))
+    assert sum(map(float, (whole.weight, *whole.weight_errors))) == want
+    lanes = jax.tree.map(lambda *x: jnp.stack(x), many, *rows)
+    summed = jax.vmap(lambda s: s.psum("lanes"), axis_name="lanes")(lanes)
+    np.testing.assert_allclose(summed.mean(), np.full(len(rows) + 1, 2.5), rtol=1e-6)
+
+
+@pytest.mark.parametrize("junk", [np.inf, np.nan])
+def test_a_sum_that_is_not_finite_stays_as_it_is(junk):
+    parts = WeightedSum.zero() + xentjax.weighted_sum(jnp.array([junk, 1.0]))
+    np.testing.assert_array_equal([parts.mean(), (parts + parts).mean()], junk)
+    assert parts.weight == 2
+
+
+def test_the_built_in_sum():
+    parts = [xentjax.weighted_sum(row) for row in LOSSES]
+    np.testing.assert_allclose(sum(parts).mean(), LOSSES.mean(), rtol=RTOL)
+    assert isinstance(jax.jit(sum)(parts), WeightedSum)
+    one: Any = 1
+    with pytest.raises(TypeError, match="unsupported operand"):
+        _ = one + parts[0]
+
+
+def test_sums_given_as_they_are():
+    """Two sums of a caller's own, in any dtype, as PyTorch's mean under weights needs them."""
+    assert WeightedSum(6.0, 4).mean() == 1.5
+    with pytest.raises(
+        ValueError, match=r"weight: expected shape \(\) .*that of total.*got .*\[1\]"
+    ):
+        WeightedSum(jnp.ones(()), jnp.ones(1))
+    with pytest.raises(TypeError, match=r"total: expected a floating-point array, got int32\[\]"):
+        WeightedSum(jnp.int32(3), jnp.ones(()))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "x64"),
+    [*itertools.product(["float32", "bfloat16", "float16"], [False, True]), ("float64", True)],
+)
+@pytest.mark.parametrize("strict", [False, True], ids=["standard", "strict"])
+def test_carry_keeps_its_dtype(dtype, x64, strict):
+    """`zero()` is a carry for losses of every dtype but float64, and `zero(float64)` for that."""
+    with (
+        jax.enable_x64(x64),
+        jax.numpy_dtype_promotion("strict" if strict else "standard"),
+        jax.numpy_rank_promotion("raise"),
+    ):
+        wide = jnp.float64 if dtype == "float64" else jnp.float32
+        losses = jnp.asarray(LOSSES, dtype)
+
+        def step(parts, row):
+            x, keep, w = row
+            return parts + xentjax.weighted_sum(x, where=keep, weights=w), None
+
+        def mean(losses):
+            carry, rows = WeightedSum.zero(wide), (losses, MASK, WEIGHTS)
+            return jax.lax.scan(step, carry, rows)[0].mean()
+
+        value, gradient = jax.jit(jax.value_and_grad(mean))(losses)
+        assert (value.dtype, gradient.dtype) == (wide, losses.dtype)
+        np.testing.assert_allclose(
+            value, np.average(losses.astype(float), weights=MASK * WEIGHTS), rtol=RTOL
+        )
 
 
 def test_scan_accumulates():

@@ -99,9 +99,14 @@ def sparse_calls():
         ((*K1, jnp.ones(3)), shape_of("targets.background_mass", "(4,)", "[3]")),
         ((*K1, ints(4)), kind_of("targets.background_mass", FLOATS, "int32[4]")),
         ((*K1, None, jnp.ones(3)), shape_of("targets.background_mass", "", "None")),
-        ((*K1, one, jnp.ones(5)), shape_of("targets.background", "3", "[5]")),
-        ((*K1, one, ints(3)), kind_of("targets.background", FLOATS, "int32[3]")),
-        ((*K1, one, jnp.ones((1, 1, 3))), shape_of("targets.background", "[V]", "[1, 1, 3]")),
+        ((*K1, one, jnp.ones(5)), shape_of("targets", "3 classes", "5")),
+        ((*K1, one, ints(3)), kind_of("targets.background", FLOATS, "int32[1, 1, 3]")),
+        ((*K1, one, jnp.ones((1, 1, 1, 1))), shape_of("targets.background_mass", "(4, 1)", "[4]")),
+        (
+            (*K1, one[:, None], jnp.ones((4, 1, 3))),
+            shape_of("targets.background", "t[i]", "[4, 1, 3]"),
+        ),
+        ((*K1, one, jnp.ones(())), shape_of("targets.background", "[V]", "[]")),
         ((*K1, one, jnp.ones((2, 3))), shape_of("targets.background_mass", "(4, 2)", "[4]")),
     ]:
         yield Bad(xj.softmax_cross_entropy, (Z, SparseTargets(*parts)), {}, *error)
@@ -160,7 +165,7 @@ def target_calls():
         (LABELS, 0, shape_of("num_classes", "positive int", "0")),
         (LABELS, 3.0, shape_of("num_classes", "positive int", "3.0")),
         (P, 5, shape_of("targets", "5", "[4, 3]")),
-        (SMOOTHED, 3, shape_of("targets.background", "3", "[5]")),
+        (SMOOTHED, 3, shape_of("targets", "3 classes", "5")),
     ]:
         yield Bad(xj.dense_targets, (targets, classes), {}, *error)
 
@@ -187,9 +192,12 @@ def reduction_calls():
             ("where", jnp.ones(4), kind_of("where", "bool", "float32[4]")),
             ("where", bools(1), shape_of("where", "(4,)", "[1]")),
             ("where", bools(4, 1), shape_of("where", "(4,)", "[4, 1]")),
-            ("weights", ints(4), kind_of("weights", FLOATS, "int32[4]")),
+            ("weights", 1j * LOSSES, kind_of("weights", "float, int or bool", "complex64[4]")),
             ("weights", jnp.ones(1), shape_of("weights", "(4,)", "[1]")),
             ("weights", 2.0, shape_of("weights", "(4,)", "[]")),
+            ("weights", "two", kind_of("weights", "", "'two'")),
+            ("axis", 1, shape_of("axis", "[-1, 1)", "1")),
+            ("axis", "rows", kind_of("axis", "int", "'rows'")),
         ]:
             yield Bad(function, (LOSSES,), {name: x}, *error)
 
