@@ -24,8 +24,8 @@ def free_port():
 def run_hosts(tmp_path, seconds, *options):
     """Runs a worker for each host, and ends all of them when one fails or time is up.
 
-    `options` has, for each host, the arguments after its number. Returns (exit code of each, what
-    they wrote), once none is left.
+    `options` has, for each host, the arguments after its number. Returns the exit code of each, and
+    all that they wrote, once none is left.
     """
     port, paths = free_port(), [str(Path(__file__).parent), *sys.path]
     environment = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_PLATFORMS")}
@@ -77,7 +77,7 @@ def test_two_hosts_train_as_one_device(tmp_path):
 def test_when_one_host_dies_the_other_is_ended(tmp_path):
     start = time.monotonic()
     codes, log = run_hosts(tmp_path, SECONDS, (), ("--die",))
-    # The first host would wait for the second: it did not finish, and not because time was up.
+    # The first host would wait for the second for ever: it was ended, and before time was up.
     assert codes[1] == 7, log
     assert codes[0] != 0
     assert time.monotonic() - start < SECONDS / 2

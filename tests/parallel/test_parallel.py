@@ -1,7 +1,5 @@
 """One device and many: the same mean and gradient, whatever the masks."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -30,7 +28,7 @@ from meshes import (
 )
 
 import xentjax
-from xentjax import data_parallel, per_example
+from xentjax import data_parallel
 
 
 def with_learned_weights(params, batch):
@@ -64,7 +62,7 @@ def test_many_devices_are_one(devices, axis_type, microbatches):
 
 
 def test_the_mean_of_means_is_another_number():
-    # What the masks of this batch tell apart: else the tests above could not fail.
+    # The masks of this batch tell the two apart; with others the tests above could not fail.
     params, batch = make_params(), make_batch()
     shards = [jax.tree.map(lambda x, i=i: x[i * 24 : (i + 1) * 24], batch) for i in range(2)]
     mean_of_means = np.mean([on_one_device(loss_fn, params, shard)[0] for shard in shards])
@@ -189,7 +187,7 @@ def test_a_train_step_is_one_jitted_function(microbatches):
 
 
 @pytest.mark.parametrize("microbatches", [1, 3])
-def test_what_crosses_devices(microbatches):
+def test_only_sums_cross_devices(microbatches):
     value_and_grad = data_parallel(loss_fn, make_mesh((4,), ("data",)), microbatches=microbatches)
     crossing = collectives(jax.jit(value_and_grad).lower(make_params(), make_batch()).compile())
     # The two scalars, in one reduction or two, and the gradient in one.
@@ -225,7 +223,12 @@ def test_it_exports():
     ("kwargs", "batch", "error", "message"),
     [
         ({}, {"inputs": jnp.ones((6, 5))}, ValueError, r"batch\['inputs'\].*4 devices.*6, 5"),
-        ({"microbatches": 5}, {}, ValueError, r"batch\['inputs'\]: expected .* 5 microbatches, got float32\[12, 5\]"),
+        (
+            {"microbatches": 5},
+            {},
+            ValueError,
+            r"batch\['inputs'\]: expected .* 5 microbatches, got float32\[12, 5\]",
+        ),
         ({"microbatches": 0}, {}, ValueError, "microbatches: expected a positive int, got 0"),
         ({"axis_name": "model"}, {}, ValueError, r"axis_name.*\('data',\), got 'model'"),
         (
@@ -247,51 +250,3 @@ def test_a_loss_fn_of_another_kind_is_an_error():
     mesh = make_mesh((4,), ("data",))
     with pytest.raises(TypeError, match="loss_fn: expected a WeightedSum or a pair"):
         data_parallel(lambda p, b: loss_fn(p, b).mean(), mesh)(make_params(), make_batch())
-
-
-# One example at a time.
-
-
-def _loss_of_one(params, example):
-    return xentjax.softmax_cross_entropy(logits_of(params, example), example["targets"])
-
-
-@pytest.mark.parametrize("form", ["labels", "dense", "prior", "two backgrounds"])
-def test_per_example_is_the_loop(form):
-    targets = target_forms(4, CLASSES)[form]
-    batch = {"inputs": make_batch()["inputs"][:4], "targets": targets}
-    losses, grads = jax.jit(per_example(_loss_of_one, gradients=True))(make_params(), batch)
-    np.testing.assert_array_equal(losses, per_example(_loss_of_one)(make_params(), batch))
-
-    dense = xentjax.dense_targets(targets, CLASSES)
-    for i in range(4):
-        example = {"inputs": batch["inputs"][i], "targets": dense[i]}
-        desired = jax.value_and_grad(_loss_of_one)(make_params(), example)
-        actual = losses[i], jax.tree.map(lambda g, i=i: g[i], grads)
-        # The dense masses themselves are rounded.
-        assert relative_difference(actual, desired) <= 3 * NEAR
-
-
-def test_per_example_gradients_add_up():
-    params, batch = (
-        make_params(),
-        {k: make_batch()[k] for k in ("inputs", "targets")},
-    )
-    _, grads = per_example(_loss_of_one, gradients=True)(params, batch)
-    losses = functools.partial(per_example(_loss_of_one), batch=batch)
-    desired = jax.grad(lambda p: losses(p).sum())(params)
-    assert relative_difference(jax.tree.map(lambda g: g.sum(0), grads), desired) <= NEAR
-
-
-def test_a_batch_of_two_sizes_is_an_error():
-    batch = make_batch() | {"targets": jnp.zeros(4, int)}
-    with pytest.raises(ValueError, match="inconsistent sizes"):
-        per_example(_loss_of_one)(make_params(), batch)
-
-
-@pytest.mark.parametrize("gradients", [False, True])
-def test_per_example_takes_a_scalar_loss(gradients):
-    function = per_example(lambda params, x: params * x, gradients=gradients)
-    wanted = r"loss_fn: expected the scalar loss of one example, got float32\[3\]"
-    with pytest.raises(ValueError, match=wanted):
-        function(jnp.ones(()), jnp.ones((2, 3)))

@@ -1,4 +1,4 @@
-"""Arrays that are stacked, a slice for each device, as of jax.pmap: the same mean and gradient."""
+"""Arrays stacked as in jax.pmap, a slice for each device: the same mean and gradient."""
 
 import dataclasses
 import warnings
@@ -93,7 +93,7 @@ def test_weighted_mean_inside_the_users_own_pmap():
         return loss(params, batch), grads, loss_fn(params, batch).psum("batch")
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # Of jax.pmap itself.
+        warnings.simplefilter("ignore", DeprecationWarning)  # JAX warns of jax.pmap itself.
         mapped = jax.pmap(evaluate, "batch", in_axes=(None, 0), devices=jax.devices("cpu")[:4])
         *actual, parts = jax.tree.map(lambda x: x[3], mapped(params, _stacked(batch, 4)))
     desired = on_one_device(loss_fn, params, batch)
@@ -105,6 +105,8 @@ def test_it_exports():
     copies = jax.tree.map(lambda x: jnp.stack([x] * 4), make_params())
     platforms = ("cpu", "cuda", "tpu", "rocm")
     value_and_grad = pmap_data_parallel(loss_fn, devices=jax.devices("cpu"))
-    exported = export.export(jax.jit(value_and_grad), platforms=platforms)(copies, _stacked(make_batch(), 4))
+    exported = export.export(jax.jit(value_and_grad), platforms=platforms)(
+        copies, _stacked(make_batch(), 4)
+    )
     assert exported.platforms == platforms
     assert exported.nr_devices == 4

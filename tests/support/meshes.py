@@ -1,6 +1,8 @@
-"""What the tests of many devices share: meshes, a loss to split, and what crosses devices."""
+"""Help for tests of many devices: meshes, a loss to split, the collectives of a program."""
 
+import dataclasses
 import re
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +30,7 @@ def make_mesh(shape, names, axis_type=AUTO):
 
 
 def collectives(compiled):
-    """Returns (name, shape) of what crosses devices in the text of a compiled function."""
+    """Returns (name, shape) of each collective in the text of a compiled function."""
     matches, layout = _COLLECTIVE.finditer(compiled.as_text()), re.compile(r"\{[\d,]*\}")
     return sorted((m["name"], layout.sub("", m["shape"])) for m in matches)
 
@@ -41,6 +43,7 @@ def relative_difference(actual, desired) -> float:
         assert a.shape == d.shape
         return np.abs(a - d).max() / np.abs(d).max()
 
+    assert jax.tree.structure(actual) == jax.tree.structure(desired)
     return max(jax.tree.leaves(jax.tree.map(difference, actual, desired)))
 
 
@@ -48,12 +51,8 @@ def target_specs(targets):
     """Returns the PartitionSpecs of targets: by example, and dense ones by class too."""
     if not isinstance(targets, xentjax.SparseTargets):
         return P("data", "model") if targets.ndim == 2 else P("data")
-    return xentjax.SparseTargets(
-        indices=P("data"),
-        weights=P("data"),
-        background_mass=None if targets.background_mass is None else P("data"),
-        background=None if targets.background is None else P(),
-    )
+    specs = jax.tree.map(lambda _: P("data"), targets)
+    return specs if targets.background is None else dataclasses.replace(specs, background=P())
 
 
 # A classifier, whose batch has masks that differ from device to device.
@@ -80,7 +79,8 @@ def make_batch(seed=1):
 
 
 def logits_of(params, batch):
-    return batch["inputs"] @ params["kernel"] + params["bias"]
+    logits = batch["inputs"] @ params["kernel"]
+    return logits + jnp.broadcast_to(params["bias"], logits.shape)
 
 
 def loss_fn(params, batch):
@@ -94,6 +94,61 @@ def losses_and_weights(params, batch):
     return losses, jnp.where(where, weights, 0)
 
 
+def plain_losses(logits, labels):
+    """The formula as it is written, quick to compile, where only the mean is looked at."""
+    entries = (logits * jax.nn.one_hot(labels, CLASSES, dtype=logits.dtype)).sum(-1)
+    return jax.nn.logsumexp(logits, axis=-1) - entries
+
+
+def plain_loss_fn(params, batch):
+    logits = logits_of(params, batch).astype(jnp.float32)
+    losses = plain_losses(logits, batch["targets"])
+    return xentjax.weighted_sum(losses, where=batch["where"], weights=batch["weights"])
+
+
 def on_one_device(loss_fn, params, batch):
     """Returns the mean of a WeightedSum and its gradient."""
     return jax.value_and_grad(lambda params: loss_fn(params, batch).mean())(params)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Module:
+    """The classifier as a module: some of its leaves are no arrays of floats."""
+
+    kernel: jax.Array
+    bias: jax.Array
+    steps: jax.Array
+    key: jax.Array
+    activation: Callable
+    name: str
+    use_bias: bool
+    cap: float
+    extra: None = None
+
+
+def make_module():
+    params, key = make_params(), jax.random.key(3)
+    return Module(
+        params["kernel"], params["bias"], jnp.array(2), key, jnp.tanh, "classifier", True, 2.0
+    )
+
+
+def params_of(module):
+    return {"kernel": module.kernel, "bias": module.bias}
+
+
+def module_logits(module, batch):
+    """Uses every leaf, the switch and the name in ways that only a Python value allows."""
+    assert module.name == "classifier"
+    assert module.extra is None
+    params = params_of(module) if module.use_bias else {"kernel": module.kernel, "bias": 0}
+    noise = jax.random.normal(module.key, (CLASSES,), module.kernel.dtype)
+    steps = module.steps.astype(module.kernel.dtype)
+    logits = logits_of(params, batch)
+    return module.activation(logits / module.cap) * steps + jnp.broadcast_to(noise, logits.shape)
+
+
+def module_loss_fn(module, batch):
+    losses = plain_losses(module_logits(module, batch), batch["targets"])
+    return xentjax.weighted_sum(losses, where=batch["where"])

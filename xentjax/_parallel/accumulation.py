@@ -106,7 +106,7 @@ def accumulate_gradients(
 def check_microbatches(microbatches: int) -> None:
     """Raises ValueError unless `microbatches` is a positive int."""
     checks.check(
-        isinstance(microbatches, int) and microbatches > 0,
+        isinstance(microbatches, int) and microbatches > 0 and microbatches is not True,
         f"microbatches: expected a positive int, got {microbatches!r}",
     )
 

@@ -123,9 +123,7 @@ def data_parallel(
         _check_divides("params", params, specs[0], mesh)
         _check_divides("batch", batch, specs[1], mesh)
         is_batched = jax.tree.map(lambda spec: len(spec) > 0 and spec[0] is not None, specs[1])
-        of_floats = jax.tree.map(
-            lambda _, spec: spec, trees.partition("params", params)[0], specs[0]
-        )
+        of_floats = _specs_of_floats(params, specs[0])
 
         def on_device(params, batch):
             # Params that devices share become each device's own, so that their gradient is summed
@@ -244,6 +242,14 @@ def _broadcast_specs(specs: Any, tree: Any) -> Any:
         return like_batch(subtree, P() if spec is None else spec, P())
 
     return jax.tree.map(broadcast, specs, tree, is_leaf=lambda x: x is None or isinstance(x, P))
+
+
+def _specs_of_floats(params: Any, specs: Any) -> Any:
+    """Returns the PartitionSpecs of the gradient: None for leaves that have none."""
+    floats, _ = trees.partition("params", params)
+    return jax.tree.map(
+        lambda x, spec: None if x is None else spec, floats, specs, is_leaf=lambda x: x is None
+    )
 
 
 def _check_divides(name: str, tree: Any, specs: Any, mesh: Mesh) -> None:
