@@ -18,13 +18,23 @@ def wide_dtype(*dtypes: jax.typing.DTypeLike) -> jnp.dtype:
 
 
 def quotient(a: jax.Array, b: jax.Array) -> jax.Array:
-    """Returns a / b, for finite b ≠ 0.
+    """Returns a / b, for b ≠ 0.
 
-    a / b = (a / c) / (b / c): the derivative of the plain quotient divides by b², which underflows
-    where b is small.
+    a / b = (a · s) / (b · s), where s is a power of two near 1 / b: the derivative of the plain
+    quotient divides by b², which underflows where b is small. Nor may s be a quotient: XLA makes
+    a / (b · c) of a / b / c (jaxlib 0.10.2).
     """
-    c = jax.lax.stop_gradient(b)
-    return (a / c) / (b / c)
+    s = inverse_scale(b)
+    return (a * s) / (b * s)
+
+
+def inverse_scale(x: jax.Array) -> jax.Array:
+    """Returns the power of two, a constant, that takes x into [1, 2), or to [2, 4) if x is huge."""
+    info = jnp.finfo(x.dtype)
+    integer = jnp.int64 if x.dtype == jnp.float64 else jnp.int32
+    exponent = jax.lax.bitcast_convert_type(jnp.abs(x), integer) >> info.nmant
+    inverse = jnp.clip(2 * (info.maxexp - 1) - exponent, 1, 2 * (info.maxexp - 1))
+    return jax.lax.bitcast_convert_type(inverse << info.nmant, x.dtype)
 
 
 def log(x: jax.Array) -> jax.Array:
@@ -41,7 +51,7 @@ def log(x: jax.Array) -> jax.Array:
 def log_growth(x: jax.Array) -> jax.Array:
     """Returns log(x / c) = log1p((x − c) / c) at c = x: 0, with the derivatives of log x > 0."""
     c = jax.lax.stop_gradient(x)
-    return jnp.log1p((x - c) / c)
+    return jnp.log1p(quotient(x - c, c))
 
 
 def log1p(x: jax.Array) -> jax.Array:

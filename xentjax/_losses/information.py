@@ -3,14 +3,18 @@
 Throughout 0 · log 0 = 0, with finite derivatives; probability 0 for what does happen costs +inf.
 """
 
+import functools
 import math
+import numbers
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float
 
-from xentjax._jax import checks
+from xentjax._jax import arithmetic, checks
+from xentjax._jax.custom_vjp import custom_vjp
 from xentjax._losses import softmax as _softmax
 
 
@@ -103,8 +107,7 @@ def cross_entropy(
     Source:
       Good, Rational Decisions, 1952, section 8.
     """
-    p, q, axes = _distributions(p, q, axis)
-    return _in_base(jnp.sum(p * -jnp.log(_safe(q, p)), axes), base)
+    return _in_base(_cross_entropy(*_distributions(p, q, axis)), base)
 
 
 def kl_divergence(
@@ -138,8 +141,7 @@ def kl_divergence(
     Source:
       Kullback and Leibler, On Information and Sufficiency, 1951, equation 2.4.
     """
-    p, q, axes = _distributions(p, q, axis)
-    return _in_base(jnp.sum(p * _log_ratio(_safe(p, p), _safe(q, p)), axes), base)
+    return _in_base(_kl_divergence(*_distributions(p, q, axis)), base)
 
 
 def js_divergence(
@@ -172,17 +174,7 @@ def js_divergence(
     Source:
       Lin, Divergence Measures Based on the Shannon Entropy, 1991, equation 4.1.
     """
-    p, q, axes = _distributions(p, q, axis)
-    m = (p + q) / 2
-    # With d = (p − q) / 2m, ½ p log(p/m) + ½ q log(q/m) = m · (d · atanh d + ½ log(1 − d²)). Near
-    # p = q the first form cancels, and far from it the second.
-    d = (p - q) / jnp.where(m == 0, 1, 2 * m)
-    near = jnp.abs(d) < 0.5
-    d = jnp.where(near, d, 0)
-    close = m * (d * jnp.arctanh(d) + _log1p(-d * d) / 2)
-    far = p * _log_ratio(_safe(p, p), _safe(m, p)) + q * _log_ratio(_safe(q, q), _safe(m, q))
-    terms = _with_derivative(jnp.where(near, close, far / 2), far / 2)
-    return _in_base(jnp.sum(terms, axes), base)
+    return _in_base(_js_divergence(*_distributions(p, q, axis)), base)
 
 
 def perplexity(nats: ArrayLike) -> Float[Array, "*shape"]:
@@ -280,23 +272,28 @@ def softmax_kl_divergence(
     q_logits: ArrayLike,
     *,
     axis: int | Sequence[int] = -1,
+    where: ArrayLike | None = None,
     base: float | None = None,
 ) -> Float[Array, "*batch"]:
     """Kullback-Leibler divergence between softmax(p_logits) and softmax(q_logits).
 
-    KL(p ‖ q) = Σ_v p_v · (log p_v − log q_v)
+    KL(p ‖ q) = Σ_v p_v · (log p_v − log q_v),   ∂KL/∂q_logits = q − p
+
+    Exact however near q is to p: no two surprisals are subtracted.
 
     Args:
       p_logits: Logits of the truth, float[..., V].
       q_logits: Logits of the prediction, of the same shape.
       axis: The class axis, or several.
+      where: Of the result's shape: examples to keep, the others have divergence and gradient 0. Of
+        the logits' shape: classes to keep, the others have probability 0 in both distributions.
       base: Of the logarithm: 2 gives bits; None is e, for nats.
 
     Returns:
-      Divergences, of the logits' shape without `axis`.
+      Divergences, of the logits' shape without `axis`; +inf where q is 0 and p is not.
 
     Raises:
-      TypeError: Logits are not floating-point.
+      TypeError: Logits are not floating-point, or where is not bool.
       ValueError: The shapes differ, the axis does not fit, or base is not a positive number
         other than 1.
 
@@ -313,68 +310,218 @@ def softmax_kl_divergence(
     p_logits, axes = _softmax.checked_logits("p_logits", p_logits, axis)
     q_logits, _ = _softmax.checked_logits("q_logits", q_logits, axis)
     checks.check_shape("q_logits", q_logits, p_logits.shape, "that of p_logits")
-    p_surprisal = _softmax.surprisals(p_logits, axes)
-    q_surprisal = _softmax.surprisals(q_logits, axes)
-    p = jnp.exp(-p_surprisal)
-    impossible = (p == 0) & ~jnp.isfinite(q_surprisal - p_surprisal)
-    excess = jnp.where(impossible, 0, q_surprisal) - jnp.where(impossible, 0, p_surprisal)
-    return _in_base(jnp.sum(p * excess, axes), base)
+    dtype = arithmetic.wide_dtype(p_logits.dtype, q_logits.dtype)
+    batch = tuple(n for a, n in enumerate(p_logits.shape) if a not in axes)
+    if where is not None:
+        where = checks.as_mask(where, batch, p_logits.shape, "classes")
+    divergences = _softmax_kl_divergence(p_logits, q_logits, where, axes, dtype)
+    return _in_base(divergences, base)
+
+
+# Of probabilities.
 
 
 def _probabilities(name, p):
     """Returns p in the dtype of the arithmetic."""
     p = checks.as_array(name, p)
     checks.check_floating(name, p)
-    return p.astype(jnp.promote_types(p.dtype, jnp.float32))
+    return p.astype(arithmetic.wide_dtype(p.dtype))
 
 
 def _distributions(p, q, axis):
     """Returns p, q in the dtype of the arithmetic, and the axes of their outcomes."""
     p, q = _probabilities("p", p), _probabilities("q", q)
     checks.check_shape("q", q, p.shape, "that of p")
-    return p, q, checks.canonical_axes(axis, p.ndim)
+    dtype = arithmetic.wide_dtype(p.dtype, q.dtype)
+    return p.astype(dtype), q.astype(dtype), checks.canonical_axes(axis, p.ndim)
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _cross_entropy(p, q, axes):
+    return jnp.sum(p * -arithmetic.log(_safe(q, p)), axes)
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _kl_divergence(p, q, axes):
+    return jnp.sum(p * _log_ratio(_safe(p, p), _safe(q, p)), axes)
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _js_divergence(p, q, axes):
+    """Sums ½ p log(p / m) + ½ q log(q / m) with m = (p + q) / 2, in one of two forms.
+
+    With d = (p − q) / (p + q) it is m · (d · atanh d + ½ log(1 − d²)), which cancels far from
+    p = q. With r = small / large it is half of (p + q) · (log 2 − log1p r) + small · log r, which
+    cancels near it.
+    """
+    total = p + q
+    some = total != 0
+    near = (jnp.abs(p - q) < total / 2) & some
+    one = jnp.ones_like(p)
+
+    a, b = jnp.where(near, p, one), jnp.where(near, q, one)
+    d = arithmetic.quotient(a - b, a + b)
+    close = (a + b) / 2 * (d * jnp.arctanh(d) + arithmetic.log1p(-d * d) / 2)
+
+    small, large = jnp.where(p < q, p, q), jnp.where(p < q, q, p)
+    far = some & ~near
+    small, large = jnp.where(far, small, 0), jnp.where(far, large, one)
+    rest = math.log(2) - arithmetic.log1p(arithmetic.quotient(small, large))
+    log_ratio = _log_ratio(large, jnp.where(small == 0, one, small))
+    apart = ((small + large) * rest - small * log_ratio) / 2
+
+    return jnp.sum(jnp.where(near, close, jnp.where(far, apart, 0)), axes)
 
 
 def _safe(q, p):
-    """Returns q, with 1 where p and q are both 0: what never happens and never was expected."""
+    """Returns q, with 1 where p and q are both 0: an outcome that is impossible under both."""
     return jnp.where((p == 0) & (q == 0), 1, q)
 
 
 def _log_ratio(p, q):
-    """Returns log(p / q), to full relative precision where p is near q."""
+    """Returns log(p / q), p > 0, to full relative precision where p is near q; +inf where q is 0.
+
+    log(p / q) = log(c / k) + log(p / c) − log(q / k), where the constants c, k are p, q.
+    """
+    possible = q > 0
+    c, k = jnp.where(possible, p, 1), jnp.where(possible, q, 1)
+    constant = _log_ratio_value(*jax.lax.stop_gradient((c, k)))
+    near_c_and_k = constant + arithmetic.log_growth(c) - arithmetic.log_growth(k)
+    plain = jnp.log(jnp.where(possible, 1, p)) - jnp.log(jnp.where(possible, 1, q))
+    return jnp.where(possible, near_c_and_k, plain)
+
+
+def _log_ratio_value(p, q):
     near = jnp.abs(p - q) < q / 2
     change = jnp.where(near, p - q, 0) / jnp.where(near, q, 1)
     # One quotient loses less than two logarithms, if it is in range.
     in_range = (p < 1e30 * q) & (q < 1e30 * p)
     quotient = jnp.where(in_range, p, 1) / jnp.where(in_range, q, 1)
-    difference = jnp.log(p) - jnp.log(q)
-    gained = jnp.where(in_range, jnp.log(quotient) - difference, 0)
-    far = difference + jax.lax.stop_gradient(gained)
-    return jnp.where(near, _log1p(change), far)
+    far = jnp.where(in_range, jnp.log(quotient), jnp.log(p) - jnp.log(q))
+    return jnp.where(near, arithmetic.log1p(change), far)
 
 
-def _log1p(x):
-    """Returns log(1 + x), which XLA's CPU backend computes to 9 digits only in float64.
+# Of logits.
+#
+# With d_v = q_logits − p_logits less its mean under p, so that Σ p_v · d_v = 0:
+#
+#     KL = log Σ_v p_v · exp(d_v) = log1p(Σ_v p_v · g(d_v)),   g(d) = exp(d) − 1 − d ≥ 0
+#     ∂KL/∂p_logits = −p_v · d_v,   ∂KL/∂q_logits = q_v − p_v = p_v · expm1(d_v − KL)
 
-    The rounding of 1 + x is undone by the quotient (Kahan).
+
+@functools.partial(jax.jit, static_argnums=(3, 4))
+def _softmax_kl_divergence(p_logits, q_logits, where, axes, dtype):
+    a, b = p_logits.astype(dtype), q_logits.astype(dtype)
+    if where is None:
+        return _kl_of_logits(axes)(a, b)
+    if where.shape == a.shape:
+        a, b = jnp.where(where, a, -jnp.inf), jnp.where(where, b, -jnp.inf)
+        return _kl_of_logits(axes)(a, b)
+    examples = jnp.expand_dims(where, axes)
+    a, b = jnp.where(examples, a, 0), jnp.where(examples, b, 0)
+    return jnp.where(where, _kl_of_logits(axes)(a, b), 0)
+
+
+@functools.cache
+def _kl_of_logits(axes):
+    """Returns (p_logits, q_logits) -> divergences over `axes`."""
+
+    def value(a, b):
+        return jnp.squeeze(_kl_parts(a, b, axes).divergence, axes)
+
+    def fwd(live, a, b):
+        del live
+        return value(a, b), (a, b)
+
+    def bwd(live, residuals, cotangent):
+        del live
+        parts = _kl_parts(*residuals, axes)
+        cotangent = jnp.where(parts.empty, 0, jnp.expand_dims(cotangent, axes))
+        return cotangent * -parts.p * parts.d, cotangent * parts.q_less_p()
+
+    return custom_vjp(value, fwd, bwd)
+
+
+class _KLParts(NamedTuple):
+    """Arrays of the logits' shape, or with axes of length 1 where there were classes.
+
+    Attributes:
+      p: softmax(p_logits).
+      d: q_logits − p_logits less its mean under p; 0 where p is 0.
+      x: log(p · exp(d)) = log q + KL.
+      finite_divergence: The divergence but for classes that are impossible under q alone.
+      divergence: KL; 0 where no class is possible under p.
+      empty: Whether no class is possible under p.
     """
-    y = 1 + jax.lax.stop_gradient(x)
-    small = y == 1
-    slope = jnp.where(small, 1, jnp.log(y) / jnp.where(small, 1, y - 1))
-    return _with_derivative(slope * jax.lax.stop_gradient(x), jnp.log1p(x))
+
+    p: jax.Array
+    d: jax.Array
+    x: jax.Array
+    finite_divergence: jax.Array
+    divergence: jax.Array
+    empty: jax.Array
+
+    def q_less_p(self) -> jax.Array:
+        """Returns q − p, to full relative precision where q is near p."""
+        growth = self.d - self.finite_divergence
+        near = (jnp.abs(growth) < 1) & (self.p > 0)
+        close = self.p * jnp.expm1(jnp.where(near, growth, 0))
+        return jnp.where(near, close, jnp.exp(self.x - self.finite_divergence) - self.p)
 
 
-def _with_derivative(value, function):
-    """Returns `value`, with the derivative that `function`, nearly equal to it, has."""
-    return jax.lax.stop_gradient(value) + (function - jax.lax.stop_gradient(function))
+def _kl_parts(a, b, axes):
+    """Returns the _KLParts of p_logits a and q_logits b, whose classes are on `axes`."""
+    total = functools.partial(jnp.sum, axis=axes, keepdims=True)
+    largest = functools.partial(jnp.max, axis=axes, keepdims=True)
+
+    # Both in units in which p's leading class has logit 0. These are constants, which cancel.
+    a_top = jax.lax.stop_gradient(largest(a))
+    empty = a_top == -jnp.inf
+    a_top = jnp.where(empty, 0, a_top)
+    b_top = largest(jnp.where(a == a_top, jax.lax.stop_gradient(b), -jnp.inf))
+    b_top = jnp.where(jnp.isfinite(b_top), b_top, 0)
+    exponentials = jnp.exp(a - a_top)
+    normalizer = jnp.where(empty, 1, total(exponentials))
+    p = exponentials / normalizer
+
+    # d is exact where q_logits are near p_logits, by whatever constant they differ.
+    impossible = p == 0
+    counted = ~impossible & (b != -jnp.inf)
+    d, error = arithmetic.two_sum(jnp.where(counted, b, 0), -jnp.where(counted, a, 0))
+    d_top, error_top = arithmetic.two_sum(b_top, -a_top)
+    d = jnp.where(counted, (d - d_top) + (error - error_top), 0)
+    mean = total(p * d)
+    d = jnp.where(counted, d - mean, 0)
+    x = (b - b_top) - (jnp.log(normalizer) + mean)
+
+    top = jax.lax.stop_gradient(largest(x))
+    is_large = top > 1
+    d_if_small, x_if_small = jnp.where(is_large, 0, d), jnp.where(is_large, 0, x)
+    small = total(jnp.where(impossible, jnp.exp(x_if_small), p * _exp_less_line(d_if_small)))
+    x_if_large = jnp.where(is_large, x - top, 0)
+    large = jnp.where(is_large, top, 0) + jnp.log(total(jnp.exp(x_if_large)))
+    finite = jnp.where(is_large, large, arithmetic.log1p(small))
+    finite = jnp.where(empty, 0, finite)
+    infinite = jnp.any(~impossible & (b == -jnp.inf), axis=axes, keepdims=True)
+    return _KLParts(p, d, x, finite, jnp.where(infinite, jnp.inf, finite), empty)
+
+
+def _exp_less_line(d):
+    """Returns g(d) = exp(d) − 1 − d = d²/2 · (1 + d/3 · (1 + d/4 · (…))), without cancelling."""
+    near = jnp.abs(d) < 1
+    small = jnp.where(near, d, 0)
+    terms = 20 if d.dtype == jnp.float64 else 12
+    series = jnp.ones_like(d)
+    for n in range(terms, 2, -1):
+        series = 1 + small / n * series
+    return jnp.where(near, small * small / 2 * series, jnp.exp(jnp.where(near, 0, d)) - 1 - d)
 
 
 def _in_base(nats, base):
     """Returns nats in units of log(base)."""
     if base is None:
         return nats
-    checks.check(
-        0 < base < math.inf and base != 1,
-        f"base: expected a positive number other than 1, got {base}",
-    )
-    return nats / jnp.log(jnp.asarray(base, nats.dtype))
+    wanted = f"base: expected a positive number other than 1, got {base!r}"
+    checks.check(isinstance(base, numbers.Real), wanted, TypeError)
+    checks.check(0 < base < math.inf and base != 1, wanted)
+    return nats / math.log(base)
