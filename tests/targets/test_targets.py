@@ -45,11 +45,11 @@ def written_out(targets, num_classes=CLASSES):
         out[(*i[:-1], indices[i])] += weights[i]
     if targets.background_mass is not None:
         mass = np.asarray(targets.background_mass, float)
-        background = targets.background
-        if background is None:
-            background = np.full(num_classes, 1 / num_classes)
-        background = np.asarray(background, float)
-        out += mass @ background if background.ndim == 2 else mass[..., None] * background
+        if targets.background is None:
+            out += mass[..., None] / num_classes
+        else:
+            assert targets.background.shape[:-2] == (1,) * (indices.ndim - 1)
+            out += mass @ np.asarray(targets.background, float).reshape(-1, num_classes)
     return out
 
 
@@ -205,15 +205,13 @@ def test_size_grows_no_more_than_it_must():
     of_one = [(BATCH, 1), (BATCH, 1), (BATCH,)]
     assert shapes(a) == of_one
     assert shapes(smooth(smooth(a, 0.2), 0.3)) == of_one
-    assert shapes(b) == [*of_one, (CLASSES,)]
+    assert shapes(b) == [(BATCH, 1), (BATCH, 1), (BATCH, 1), (1, 1, CLASSES)]
     assert shapes(smooth(mix(a, a, 0.5), 0.3)) == [(BATCH, 2), (BATCH, 2), (BATCH,)]
     two = mix(a, b, LAM)
-    assert shapes(two) == [(BATCH, 2), (BATCH, 2), (BATCH, 2), (2, CLASSES)]
+    assert shapes(two) == [(BATCH, 2), (BATCH, 2), (BATCH, 2), (1, 2, CLASSES)]
     three = mix(two, smooth(LABELS, 0.1, background=OTHER_PRIOR), 0.5)
-    assert shapes(three) == [(BATCH, 3), (BATCH, 3), (BATCH, 3), (3, CLASSES)]
-    shared = jnp.asarray(PRIOR)
-    c, d = (smooth(labels, 0.1, background=shared) for labels in (LABELS, LABELS[::-1]))
-    assert shapes(mix(c, d, LAM)) == [(BATCH, 2), (BATCH, 2), (BATCH,), (CLASSES,)]
+    assert shapes(three) == [(BATCH, 3), (BATCH, 3), (BATCH, 3), (1, 3, CLASSES)]
+    assert shapes(mix(b, b[::-1], LAM)) == [(BATCH, 2), (BATCH, 2), (BATCH, 1), (1, 1, CLASSES)]
 
 
 @pytest.mark.parametrize("batch", [(), (1,), (2, 3), (0,)])

@@ -19,16 +19,14 @@ def backgrounds(
     targets: SparseTargets, num_classes: int
 ) -> Iterator[tuple[jax.Array, jax.Array | float]]:
     """Yields (mass [...], distribution [V] or the scalar 1/V) for each background."""
-    mass, background = targets.background_mass, targets.background
+    mass, stacked = targets.background_mass, _targets.stacked_background(targets)
     if mass is None:
         return
-    if background is None:
+    if stacked is None:
         yield mass, 1.0 / num_classes
-    elif background.ndim == 1:
-        yield mass, background
     else:
-        for b in range(background.shape[0]):
-            yield mass[..., b], background[b]
+        for b in range(stacked.shape[0]):
+            yield mass[..., b], stacked[b]
 
 
 def times_mass(mass: jax.Array | float, cost: jax.Array) -> jax.Array:
@@ -243,14 +241,7 @@ def flattened(targets: jax.Array | SparseTargets) -> jax.Array | SparseTargets:
     axes = len(_targets.batch_of(targets))
     size = math.prod(_targets.batch_of(targets))
 
-    def flat(x):
-        return x.reshape(size, *x.shape[axes:])
-
-    if not isinstance(targets, SparseTargets):
-        return flat(targets)
-    mass = targets.background_mass
-    mass = None if mass is None else flat(mass)
-    return SparseTargets(flat(targets.indices), flat(targets.weights), mass, targets.background)
+    return _targets.map_examples(lambda x: x.reshape(size, *x.shape[axes:]), targets)
 
 
 def rows_of(tree: Any, first: jax.typing.ArrayLike, size: int) -> Any:
@@ -258,8 +249,7 @@ def rows_of(tree: Any, first: jax.typing.ArrayLike, size: int) -> Any:
 
     def cut(x):
         if isinstance(x, SparseTargets):
-            rows = rows_of((x.indices, x.weights, x.background_mass), first, size)
-            return SparseTargets(rows[0], rows[1], rows[2], x.background)
+            return _targets.map_examples(cut, x)
         if x.shape[0] == size:
             return x
         return jax.lax.dynamic_slice_in_dim(x, first, size, 0)
@@ -306,9 +296,8 @@ def targets_of_block(
         mass = mass * (size / num_classes)
     elif background is not None:
         background = jax.lax.dynamic_slice_in_dim(background, start, size, axis=-1)
-    return SparseTargets(
-        jnp.clip(indices, 0, size - 1), jnp.where(inside, targets.weights, 0), mass, background
-    )
+    weights = jnp.where(inside, targets.weights, 0)
+    return SparseTargets(jnp.clip(indices, 0, size - 1), weights, mass, background, size)
 
 
 def targets_of_shard(

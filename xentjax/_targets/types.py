@@ -4,7 +4,8 @@ A target is a non-negative mass t_v over the V classes. Its total T = Σ_v t_v n
 """
 
 import dataclasses
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -16,39 +17,135 @@ from xentjax._jax import checks
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class SparseTargets:
-    """Targets with mass on K classes each, and the rest spread over a background.
+    """Targets with mass on K classes each, and the rest spread over backgrounds.
 
-    t = Σ_k weights_k · onehot(indices_k) + background_mass · background
+    t = Σ_k weights_k · onehot(indices_k) + Σ_b background_mass_b · background_b
 
     A pytree: it goes through jit, vmap, scan and shard_map as an array does. Classes may repeat
     among the K; their weights add. The shapes are checked where the targets are used.
 
+    Examples share the backgrounds. These have an axis of size 1 for each axis of the batch, so that
+    `jax.vmap`, `jax.lax.scan` and `jax.tree.map(lambda a: a[:4], t)`, which cut all arrays alike,
+    either keep them whole or fail. `t[4:8]` always keeps them whole.
+
     Attributes:
       indices: Classes in [0, V), int[..., K].
       weights: Their mass, float[..., K].
-      background_mass: Mass of the background, float[...]; None is no background at all.
+      background_mass: Mass of the background, float[...]; float[..., B] where there are several;
+        None where there is none.
       background: The distribution of that mass over all classes, float[V]; None is uniform, 1/V.
-        Mixing targets that have different backgrounds stacks them: background float[B, V] with
-        background_mass float[..., B].
+        It is kept as one of several, float[1, ..., 1, B, V] with B = 1, beside a background_mass
+        float[..., B]. Mixing targets that have different backgrounds stacks them.
+      num_classes: V where it is known, a static int; logits of other classes are then refused.
 
     Example:
       >>> import jax.numpy as jnp
       >>> import xentjax
       >>> t = xentjax.SparseTargets(jnp.array([[2, 0]]), jnp.array([[0.7, 0.3]]))
+      >>> t
+      SparseTargets(batch=(1,), K=2, background=none, num_classes=None)
       >>> print(xentjax.dense_targets(t, 3))
       [[0.3 0.  0.7]]
     """
 
     indices: Int[Array, "*batch k"]
     weights: Float[Array, "*batch k"]
-    background_mass: Float[Array, "*batch"] | None = None
-    background: Float[Array, " v"] | None = None
+    background_mass: Float[Array, "*batch"] | Float[Array, "*batch b"] | None = None
+    background: Float[Array, " v"] | Float[Array, "*ones b v"] | None = None
+    num_classes: int | None = dataclasses.field(default=None, metadata={"static": True})
+
+    def __post_init__(self):
+        """Gives the background the axes of size 1 that keep it whole."""
+        parts = (self.indices, self.background_mass, self.background)
+        if all(isinstance(x, jax.Array | np.ndarray) for x in parts):
+            mass, background = _for_all_examples(*parts)
+            object.__setattr__(self, "background_mass", mass)
+            object.__setattr__(self, "background", background)
+
+    def __getitem__(self, index: Any) -> "SparseTargets":
+        """Returns the targets of some examples; `index` is one of the batch's axes."""
+        index = _index_of_examples(index, self.batch_shape)
+        return map_examples(lambda x: x[index], self)
+
+    def __len__(self) -> int:
+        """Returns how many examples there are along the first axis."""
+        checks.check(len(self.batch_shape) > 0, "len: expected a batch, got one example", TypeError)
+        return self.batch_shape[0]
+
+    def __iter__(self) -> Iterator["SparseTargets"]:
+        """Yields the targets of each example along the first axis."""
+        return (self[i] for i in range(len(self)))
+
+    @property
+    def batch_shape(self) -> tuple[int, ...]:
+        """The shape of one loss per example."""
+        return self.indices.shape[:-1]
+
+    def __repr__(self) -> str:
+        """Returns the shapes in one line, or all fields where they are not arrays."""
+        indices, mass, background = self.indices, self.background_mass, self.background
+        if not all(hasattr(x, "shape") for x in (indices, *jax.tree.leaves((mass, background)))):
+            fields = (f"{f.name}={getattr(self, f.name)!r}" for f in dataclasses.fields(self))
+            return f"SparseTargets({', '.join(fields)})"
+        if background is not None:
+            kind = f"{checks.describe(background)}"
+        else:
+            kind = "none" if mass is None else "uniform"
+        return (
+            f"SparseTargets(batch={indices.shape[:-1]}, K={indices.shape[-1]}, "
+            f"background={kind}, num_classes={self.num_classes})"
+        )
 
 
 Targets = ArrayLike | SparseTargets
 """Integer labels [...], dense targets float[..., V], or SparseTargets."""
+
+
+def _for_all_examples(
+    indices: jax.Array, mass: jax.Array, background: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Returns (mass [..., B], background [1, ..., 1, B, V]), or parts that do not fit as given."""
+    if background.ndim == 1 and mass.shape == indices.shape[:-1]:
+        mass, background = mass[..., None], background[None]
+    if background.ndim < 2 or not set(background.shape[:-2]) <= {1}:
+        return mass, background
+    shape = (*(1,) * (indices.ndim - 1), *background.shape[-2:])
+    return mass, background if background.shape == shape else background.reshape(shape)
+
+
+def _index_of_examples(index: Any, batch: tuple[int, ...]) -> tuple[Any, ...]:
+    """Returns `index` as a tuple that stands for every axis of the batch and no other."""
+    index = index if isinstance(index, tuple) else (index,)
+    index = tuple(np.asarray(i) if isinstance(i, list) else i for i in index)
+    axes = sum(_axes_indexed(i) for i in index)
+    checks.check(
+        axes <= len(batch),
+        f"index: expected at most {len(batch)} axes, those of the batch, got {axes}",
+        IndexError,
+    )
+    rest = (slice(None),) * (len(batch) - axes)
+    dots = [position for position, i in enumerate(index) if i is Ellipsis] or [len(index)]
+    index = (*index[: dots[0]], *rest, *index[dots[0] + 1 :])
+    axis = 0
+    for i in index:  # JAX clips an index out of range.
+        if isinstance(i, int | np.integer) and not isinstance(i, bool):
+            checks.check(
+                -batch[axis] <= i < batch[axis],
+                f"index: expected one of {batch[axis]} examples along axis {axis}, got {i}",
+                IndexError,
+            )
+        axis += _axes_indexed(i)
+    return index
+
+
+def _axes_indexed(i: Any) -> int:
+    """Returns how many axes of an array one part of an index stands for."""
+    if i is None or i is Ellipsis:
+        return 0
+    is_mask = not isinstance(i, slice) and jnp.issubdtype(jnp.result_type(i), jnp.bool_)
+    return np.ndim(i) if is_mask else 1
 
 
 def as_targets(targets: Targets, name: str = "targets") -> jax.Array | SparseTargets:
@@ -59,50 +156,85 @@ def as_targets(targets: Targets, name: str = "targets") -> jax.Array | SparseTar
       ValueError: The parts of SparseTargets do not fit each other.
     """
     if not isinstance(targets, SparseTargets):
-        array = _as_classes(name, targets)
+        array = as_classes(name, targets)
         checks.check(
             jnp.issubdtype(array.dtype, jnp.integer) or jnp.issubdtype(array.dtype, jnp.floating),
             f"{name}: expected integer labels, floating dense targets or SparseTargets, "
             f"got {checks.describe(array)}",
             TypeError,
         )
-        if jnp.issubdtype(array.dtype, jnp.floating):
-            return array
-        return SparseTargets(array[..., None], jnp.ones((*array.shape, 1), float))
+        if jnp.issubdtype(array.dtype, jnp.integer):
+            return _of_labels(array)
+        checks.check_floating(name, array)
+        checks.check(
+            array.ndim > 0, f"{name}: expected one mass per class, [..., V], got one number"
+        )
+        return array
 
-    indices = _as_classes("targets.indices", targets.indices)
-    weights = checks.as_array("targets.weights", targets.weights)
+    indices = as_classes(f"{name}.indices", targets.indices)
+    weights = checks.as_array(f"{name}.weights", targets.weights)
     checks.check(
         jnp.issubdtype(indices.dtype, jnp.integer) and indices.ndim > 0,
-        f"targets.indices: expected integers of shape [..., K], got {checks.describe(indices)}",
+        f"{name}.indices: expected integers of shape [..., K], got {checks.describe(indices)}",
         TypeError,
     )
-    checks.check_floating("targets.weights", weights)
-    checks.check_shape("targets.weights", weights, indices.shape, "that of targets.indices")
+    checks.check_floating(f"{name}.weights", weights)
+    checks.check_shape(f"{name}.weights", weights, indices.shape, f"that of {name}.indices")
     mass, background = targets.background_mass, targets.background
+    num_classes = targets.num_classes
+    if num_classes is not None:
+        check_num_classes(f"{name}.num_classes", num_classes)
     if mass is None:
         checks.check(
             background is None,
-            "targets.background_mass: expected an array beside targets.background, got None",
+            f"{name}.background_mass: expected an array beside {name}.background, got None",
         )
-        return SparseTargets(indices, weights)
-    mass = checks.as_array("targets.background_mass", mass)
-    checks.check_floating("targets.background_mass", mass)
+        return SparseTargets(indices, weights, num_classes=num_classes)
+    mass = checks.as_array(f"{name}.background_mass", mass)
+    checks.check_floating(f"{name}.background_mass", mass)
     batch = indices.shape[:-1]
     if background is not None:
-        background = checks.as_array("background", background)
-        checks.check_floating("targets.background", background)
+        background = checks.as_array(f"{name}.background", background)
+        checks.check_floating(f"{name}.background", background)
+        mass, background = _for_all_examples(indices, mass, background)
+        *ones, classes = background.shape or (0,)
         checks.check(
-            background.ndim in (1, 2),
-            "targets.background: expected shape [V], or [B, V] when stacked, "
+            background.ndim == 1 or (set(ones[:-1]) <= {1} and len(ones) == len(batch) + 1),
+            f"{name}.background: expected shape [V], or {(*(1,) * len(batch), 'B', 'V')} where "
+            f"stacked, since all examples share it (t[i] cuts targets of examples), got "
+            f"{checks.describe(background)}",
+        )
+        batch = (*batch, *ones[-1:])
+        num_classes = num_classes or classes
+        checks.check(
+            classes == num_classes,
+            f"{name}.background: expected {num_classes} classes, {name}.num_classes, "
             f"got {checks.describe(background)}",
         )
-        batch = batch + background.shape[:-1]
-    checks.check_shape("targets.background_mass", mass, batch, "the batch of targets.indices")
-    return SparseTargets(indices, weights, mass, background)
+    checks.check_shape(
+        f"{name}.background_mass", mass, batch, f"the batch of {name}.indices, and B backgrounds"
+    )
+    return SparseTargets(indices, weights, mass, background, num_classes)
 
 
-def _as_classes(name: str, x: ArrayLike) -> jax.Array:
+@functools.partial(jax.jit, inline=True)
+def _of_labels(labels: jax.Array) -> SparseTargets:
+    """Returns labels as SparseTargets of K = 1 and weight 1."""
+    indices = labels[..., None]
+    return SparseTargets(indices, jnp.ones_like(indices, jnp.float32))
+
+
+def check_num_classes(name: str, num_classes: Any) -> None:
+    """Raises TypeError or ValueError unless `num_classes` is a positive int."""
+    is_int = isinstance(num_classes, int | np.integer) and not isinstance(num_classes, bool)
+    checks.check(
+        is_int and num_classes > 0,
+        f"{name}: expected a positive int, got {num_classes!r}",
+        ValueError if is_int else TypeError,
+    )
+
+
+def as_classes(name: str, x: ArrayLike) -> jax.Array:
     """Returns `x` as a jax array; integers too large for int32 stay out of range, not wrapped."""
     if isinstance(x, np.ndarray | np.generic) and np.issubdtype(x.dtype, np.integer):
         x = _as_int32(x)  # At once: where JAX has no int64 it would wrap.
@@ -119,25 +251,46 @@ def _as_int32(x: Any) -> Any:
 
 
 def check_targets(
-    targets: jax.Array | SparseTargets, batch: tuple[int, ...], num_classes: int
+    targets: jax.Array | SparseTargets,
+    batch: tuple[int, ...],
+    num_classes: int,
+    shape: tuple[int, ...] | None = None,
 ) -> None:
-    """Raises ValueError unless `targets` are for `batch` examples of `num_classes` classes."""
+    """Raises ValueError unless `targets` are for `batch` examples of `num_classes` classes.
+
+    `shape` is that of the logits, where their class axis may be another one: for a hint.
+    """
     if not isinstance(targets, SparseTargets):
         fits = f"{batch} labels or {(*batch, num_classes)} masses: batch and classes of the logits"
         checks.check_shape("targets", targets, (*batch, num_classes), fits)
         return
+    given = targets.batch_shape
     checks.check(
-        targets.indices.shape[:-1] == batch,
+        given == batch,
         f"targets: expected shape {batch} for labels, {(*batch, 'K')} for sparse indices or "
         f"{(*batch, num_classes)} for floating dense targets (the batch of the logits), got "
-        f"{targets.indices.shape[:-1]} labels or {targets.indices.shape} indices",
+        f"{given} labels or {targets.indices.shape} indices"
+        f"{_hint(given, batch, num_classes, shape)}",
     )
-    if targets.background is not None:
-        checks.check(
-            targets.background.shape[-1] == num_classes,
-            f"targets.background: expected {num_classes} classes, those of the logits, "
-            f"got {checks.describe(targets.background)}",
-        )
+    known = targets.num_classes
+    checks.check(
+        known in (None, num_classes),
+        f"targets: expected {num_classes} classes, those of the logits, got {known}, those of their "
+        "class weights or background",
+    )
+
+
+def _hint(
+    given: tuple[int, ...],
+    batch: tuple[int, ...],
+    num_classes: int,
+    shape: tuple[int, ...] | None,
+) -> str:
+    """Returns advice for labels of a shape that is not the batch's, or nothing."""
+    if given == (*batch, num_classes):
+        return "; make masses float: targets.astype(jnp.float32)"
+    fitting = [a for a, _ in enumerate(shape or ()) if (*shape[:a], *shape[a + 1 :]) == given]
+    return f"; they fit classes along axis={fitting[0]}" if fitting else ""
 
 
 def invalid_as_nan(targets: SparseTargets, num_classes: int) -> SparseTargets:
@@ -153,6 +306,21 @@ def invalid_as_nan(targets: SparseTargets, num_classes: int) -> SparseTargets:
 def is_valid(labels: jax.Array, num_classes: int) -> jax.Array:
     """Returns where labels are in [0, V)."""
     return (labels >= 0) & (labels < num_classes)
+
+
+def map_examples(
+    function: Callable[[jax.Array], jax.Array], targets: jax.Array | SparseTargets
+) -> jax.Array | SparseTargets:
+    """Applies `function` to every array that has the batch's axes: all but the background."""
+    if not isinstance(targets, SparseTargets):
+        return function(targets)
+    mass = targets.background_mass
+    return dataclasses.replace(
+        targets,
+        indices=function(targets.indices),
+        weights=function(targets.weights),
+        background_mass=None if mass is None else function(mass),
+    )
 
 
 def map_masses(
@@ -171,8 +339,13 @@ def map_masses(
 
 def batch_of(targets: jax.Array | SparseTargets) -> tuple[int, ...]:
     """Returns the shape of one loss per example."""
-    array = targets.indices if isinstance(targets, SparseTargets) else targets
-    return array.shape[:-1]
+    return targets.batch_shape if isinstance(targets, SparseTargets) else targets.shape[:-1]
+
+
+def stacked_background(targets: SparseTargets) -> jax.Array | None:
+    """Returns the background as float[B, V], without the batch's axes; None if there is none."""
+    background = targets.background
+    return None if background is None else background.reshape(background.shape[-2:])
 
 
 def expand_like(x: jax.Array, other: jax.Array) -> jax.Array:
