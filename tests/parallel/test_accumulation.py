@@ -329,7 +329,5 @@ def test_a_loss_is_one_number(way):
         parts = plain_loss_fn(params, batch)
         return jax.tree.map(lambda x: jnp.stack([x, x]), parts)
 
-    with pytest.raises(
-        ValueError, match=r"expected a WeightedSum of scalars, got one of shape \(2"
-    ):
+    with pytest.raises(ValueError, match=r"expected a WeightedSum of scalars, got float32\[2\]"):
         way(two_sums, microbatches=1)(make_params(), make_batch())

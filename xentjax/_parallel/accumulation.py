@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import ArrayLike
 
-from xentjax._jax import checks, trees
+from xentjax._jax import arithmetic, checks, trees
 from xentjax._jax import mesh as _mesh
 from xentjax._losses.reduction import WeightedSum, weighted_sum
 from xentjax._parallel.examples import like_batch
@@ -173,23 +173,19 @@ def microbatch_loss(
 
 
 def _as_weighted_sum(loss: Any) -> WeightedSum:
-    if isinstance(loss, WeightedSum):
-        parts = jax.tree.map(_as_summand, loss)
-    else:
+    if not isinstance(loss, WeightedSum):
         checks.check(
             isinstance(loss, tuple) and len(loss) == 2,
             f"loss_fn: expected a WeightedSum or a pair (losses, weights), got {loss}",
             TypeError,
         )
-        losses, weights = (_as_summand(x) for x in loss)
-        if not jnp.issubdtype(weights.dtype, jnp.inexact):
-            weights = weights.astype(losses.dtype)
-        parts = weighted_sum(losses, weights=weights)
-    shape = jnp.shape(parts.mean())
+        losses, weights = loss
+        return weighted_sum(losses, weights=weights)
     checks.check(
-        shape == (), f"loss_fn: expected a WeightedSum of scalars, got one of shape {shape}"
+        jnp.shape(loss.total) == (),
+        f"loss_fn: expected a WeightedSum of scalars, got {checks.describe(loss.total)}",
     )
-    return parts
+    return loss
 
 
 def _as_summand(x: Any) -> jax.Array:
@@ -207,8 +203,8 @@ def _as_summand(x: Any) -> jax.Array:
 
 def sum_dtype(dtype: jax.typing.DTypeLike) -> jnp.dtype:
     """Returns the dtype in which numbers of `dtype` are summed: float32 for narrower floats."""
-    narrow = jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 32
-    return jnp.dtype(jnp.float32 if narrow else dtype)
+    floating = jnp.issubdtype(dtype, jnp.floating)
+    return arithmetic.wide_dtype(dtype) if floating else jnp.dtype(dtype)
 
 
 def mean_and_grads(
@@ -255,9 +251,8 @@ def mean_and_grads(
 
 
 def _dot(share: WeightedSum, parts: WeightedSum) -> jax.Array:
-    """Returns the sum of products of their numbers; integers have no derivative and no share."""
-    pairs = zip(jax.tree.leaves(share), jax.tree.leaves(parts), strict=True)
-    return functools.reduce(operator.add, [d * x for d, x in pairs if d.dtype != jax.dtypes.float0])
+    """Returns the sum of the products of their numbers."""
+    return jax.tree.reduce(operator.add, jax.tree.map(jnp.multiply, share, parts))
 
 
 def _add(sums: Any, summands: Any) -> Any:

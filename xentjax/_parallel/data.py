@@ -60,11 +60,11 @@ def data_parallel(
 
     mean = Σ_d total_d / Σ_d weight_d,   and its gradient, over all devices d and microbatches
 
-    Whatever the masks and weights on each device, it is what one device finds on the whole batch: 0
-    with gradient 0 where all weights are 0. `loss_fn` runs inside `jax.shard_map`, on each device's
-    share. On a mesh of one device it is the plain value and gradient. Gradients of microbatches and
-    of devices are summed in float32 at least, those of devices by one reduction. On one device
-    without a mesh, `accumulate_gradients` takes microbatches.
+    Whatever the masks and weights on each device, it is the mean that one device finds on the whole
+    batch: 0 with gradient 0 where all weights are 0. `loss_fn` runs inside `jax.shard_map`, on each
+    device's share. On a mesh of one device it is the plain value and gradient. Gradients of
+    microbatches and of devices are summed in float32 at least, those of devices by one reduction.
+    On one device without a mesh, `accumulate_gradients` takes microbatches.
 
     Args:
       loss_fn: (params, batch) -> the WeightedSum of a batch, or (losses, weights) of the same
@@ -89,7 +89,8 @@ def data_parallel(
 
     Raises:
       ValueError: The mesh lacks an axis; or, when called, an array does not divide by the devices
-        and microbatches it is split over (pad the batch with examples of weight 0).
+        and microbatches it is split over (pad the batch with examples of weight 0), or
+        `jax.set_mesh` has set another mesh.
       TypeError: When called, loss_fn returns something else, no leaf of params is an array of
         floats, or a leaf is neither an array nor hashable.
 
@@ -191,8 +192,8 @@ def pmap_data_parallel(
       as in `data_parallel`.
 
     Raises:
-      ValueError: When called, leading axes differ or exceed the devices, or per_device does not
-        divide by the microbatches.
+      ValueError: When called, leading axes differ or exceed the devices, per_device does not divide
+        by the microbatches, or `jax.set_mesh` has set another mesh.
       TypeError: As in `data_parallel`.
 
     Example:
