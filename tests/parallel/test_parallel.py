@@ -24,6 +24,8 @@ from meshes import (
     make_mesh,
     make_params,
     on_one_device,
+    plain_loss_fn,
+    plain_losses,
     relative_difference,
 )
 
@@ -32,10 +34,9 @@ from xentjax import data_parallel
 
 
 def with_learned_weights(params, batch):
-    where = batch["where"]
-    losses = xentjax.softmax_cross_entropy(logits_of(params, batch), batch["targets"], where=where)
-    weights = jax.nn.sigmoid(logits_of(params, batch)[:, 0])
-    return xentjax.weighted_sum(losses, where=where, weights=weights)
+    logits = logits_of(params, batch)
+    losses, weights = plain_losses(logits, batch["targets"]), jax.nn.sigmoid(logits[:, 0])
+    return xentjax.weighted_sum(losses, where=batch["where"], weights=weights)
 
 
 @pytest.mark.parametrize(
@@ -95,7 +96,9 @@ def test_weights_may_be_learned(microbatches):
 def test_all_masked_is_zero(microbatches):
     batch = make_batch() | {"where": jnp.zeros(EXAMPLES, bool)}
     mesh = make_mesh((4,), ("data",))
-    mean, grads = data_parallel(loss_fn, mesh, microbatches=microbatches)(make_params(), batch)
+    mean, grads = data_parallel(plain_loss_fn, mesh, microbatches=microbatches)(
+        make_params(), batch
+    )
     assert mean == 0
     assert all(not leaf.any() for leaf in jax.tree.leaves(grads))
 
@@ -119,25 +122,25 @@ def test_a_loss_summed_over_two_axes():
     batch["weights"] = jnp.ones((8, 6))
     axes, mesh = ("data", "sequence"), make_mesh((4, 2), ("data", "sequence"))
     value_and_grad = data_parallel(
-        loss_fn,
+        plain_loss_fn,
         mesh,
         axis_name=axes,
         microbatches=2,
         in_specs=(P(), P("data", "sequence")),
     )
-    desired = on_one_device(loss_fn, make_params(), batch)
+    desired = on_one_device(plain_loss_fn, make_params(), batch)
     assert relative_difference(value_and_grad(make_params(), batch), desired) <= NEAR
 
 
 def test_params_split_over_the_data_axis_are_gathered_by_the_loss():
     def gathering(params, batch):
         kernel = jax.lax.all_gather(params["kernel"], "data", axis=1, tiled=True)
-        return loss_fn(params | {"kernel": kernel[:, :CLASSES]}, batch)
+        return plain_loss_fn(params | {"kernel": kernel[:, :CLASSES]}, batch)
 
     params, batch = make_params(), make_batch()
     params["kernel"] = jnp.pad(params["kernel"], ((0, 0), (0, 1)))
     desired = on_one_device(
-        lambda p, b: loss_fn(p | {"kernel": p["kernel"][:, :CLASSES]}, b), params, batch
+        lambda p, b: plain_loss_fn(p | {"kernel": p["kernel"][:, :CLASSES]}, b), params, batch
     )
     specs = ({"kernel": P(None, "data"), "bias": P()}, P("data"))
     for microbatches in (1, 3):
@@ -179,8 +182,10 @@ def test_a_train_step_is_one_jitted_function(microbatches):
             losses.append(loss)
         return jnp.stack(losses), state[0]
 
-    many = train(data_parallel(loss_fn, make_mesh((8,), ("data",)), microbatches=microbatches))
-    one = train(lambda params, batch: on_one_device(loss_fn, params, batch))
+    many = train(
+        data_parallel(plain_loss_fn, make_mesh((8,), ("data",)), microbatches=microbatches)
+    )
+    one = train(lambda params, batch: on_one_device(plain_loss_fn, params, batch))
     # Adam divides by the root of the squared gradient: it amplifies the last ulp a little.
     assert relative_difference(many, one) <= 1e-5
     assert one[0][-1] < 0.7 * one[0][0]
@@ -205,7 +210,7 @@ def test_microbatches_cost_no_second_forward_pass():
         return compiled.cost_analysis()["transcendentals"]
 
     # The compiler counts the body of a loop once.
-    assert exponentials(loss_fn, 3) <= exponentials(loss_fn, 1) / 3
+    assert exponentials(plain_loss_fn, 3) <= exponentials(plain_loss_fn, 1) / 3
     learned = with_learned_weights
     assert exponentials(learned, 3) > exponentials(learned, 1) / 3
 
