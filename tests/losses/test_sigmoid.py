@@ -94,6 +94,27 @@ def test_certainty():
     assert sums == 0
 
 
+@pytest.mark.parametrize("t", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("jit", [False, True])
+def test_no_cotangent_has_no_gradient_however_certain_the_logit(t, jit):
+    z = np.array([np.inf, -np.inf, 3e38, 2.0], np.float32)
+
+    def weighted(z, t, weights):
+        return (weights * xentjax.sigmoid_binary_cross_entropy(z, t)).sum()
+
+    def gradients(z, t, weights):
+        _, pull_back = jax.vjp(xentjax.sigmoid_binary_cross_entropy, z, t)
+        return pull_back(weights)
+
+    to_z, to_t = (jax.jit(gradients) if jit else gradients)(z, np.full_like(z, t), np.zeros(4, "f"))
+    np.testing.assert_array_equal([to_z, to_t], np.zeros((2, 4)))
+    _, to_t = gradients(z, np.full_like(z, t), np.ones(4, "f"))
+    np.testing.assert_array_equal(to_t, -z)
+    second = jax.hessian(weighted, (0, 1))(z, np.full_like(z, t), np.ones(4, "f"))
+    sigma = 1 / (1 + np.exp(-2.0))
+    np.testing.assert_allclose(second[0][0], np.diag([0, 0, 0, sigma * (1 - sigma)]), rtol=1e-6)
+
+
 @pytest.mark.parametrize("of_targets", [bool, np.int32, np.uint8, np.float16, np.float32])
 def test_targets_of_any_dtype(of_targets):
     z, t = np.array([2.0, -3.0, 0.5], np.float32), np.array([1, 0, 1])
@@ -239,6 +260,36 @@ def test_second_derivatives_in_every_mode(name, mode):
             np.testing.assert_allclose(got[i][j], np.diag(want), rtol=1e-13, atol=1e-30)
 
 
+LOOPS = {
+    "map": lambda f, xs: jax.lax.map(lambda x: f(*x), xs).sum(),
+    "scan": lambda f, xs: jax.lax.scan(lambda s, x: (s + f(*x), None), jnp.zeros(()), xs)[0],
+}
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+@pytest.mark.parametrize("mode", SECOND)
+@pytest.mark.parametrize("name", ["sigmoid_binary_cross_entropy", "binary_cross_entropy"])
+def test_second_derivatives_in_a_loop(name, mode, loop):
+    """JAX 0.10 drops a `jax.custom_jvp` rule in a loop that is differentiated twice."""
+    loss, (_, _, zz, zt, tt), z = LOSSES[name]
+    with jax.enable_x64(True):
+
+        def total(z, t):
+            return LOOPS[loop](loss, (z, t))
+
+        got = jax.jit(SECOND[mode](total))(z, SOME)
+        for i, j, want in [(0, 0, zz), (0, 1, zt), (1, 0, zt), (1, 1, tt)]:
+            np.testing.assert_allclose(got[i][j], np.diag(want), rtol=1e-13, atol=1e-30)
+
+
+def test_second_derivative_of_small_probabilities():
+    """t / p², where p² is no float32."""
+    p, t = np.float32(1e-20), np.float32(1e-20)
+    for mode in (jax.hessian, lambda f: jax.jacrev(jax.jacrev(f))):
+        got = jax.jit(mode(lambda p: xentjax.binary_cross_entropy(p, t)))(p)
+        np.testing.assert_allclose(got, float(t) / float(p) ** 2, rtol=1e-6)
+
+
 def test_hessian_vector_product():
     v = np.arange(1.0, 7.0)
     grad = jax.grad(summed(xentjax.sigmoid_binary_cross_entropy))
@@ -293,6 +344,90 @@ def test_binary_is_softmax_of_two_classes():
     pair = np.stack([np.zeros_like(z), z], axis=-1)
     both = xentjax.softmax_cross_entropy(pair, np.stack([1 - t, t], axis=-1))
     np.testing.assert_allclose(xentjax.sigmoid_binary_cross_entropy(z, t), both, rtol=1e-6)
+
+
+# Masks.
+
+
+@pytest.mark.parametrize("junk", [np.nan, np.inf, -np.inf, 255.0])
+@pytest.mark.parametrize("name", LOSSES)
+def test_masked_elements_have_loss_and_gradient_0(name, junk):
+    loss = getattr(xentjax, name)
+    rng = np.random.default_rng(4)
+    z, t = rng.random((2, 3, 4)).astype(np.float32)
+    keep = rng.random(z.shape) < 0.6
+    bad_z, bad_t = np.where(keep, z, junk).astype("f"), np.where(keep, t, junk).astype("f")
+
+    def total(z, t, where):
+        return loss(z, t, where=where).sum()
+
+    got = jax.jit(jax.value_and_grad(total, (0, 1)))(bad_z, bad_t, keep)
+    each = getattr(xentjax, name.replace("multilabel", "sigmoid_binary"))
+    value, gradients = jax.value_and_grad(lambda *x: each(*x)[keep].sum(), (0, 1))(z, t)
+    np.testing.assert_allclose(got[0], value, rtol=1e-6)
+    for a, b in zip(got[1], gradients, strict=True):
+        np.testing.assert_allclose(a, np.where(keep, b, 0), rtol=1e-6)
+
+
+def test_multilabel_mask_of_examples():
+    z = np.array([[1.0, -2.0], [np.nan, np.inf]], np.float32)
+    keep = np.array([True, False])
+    losses, pull_back = jax.vjp(
+        lambda z: xentjax.multilabel_cross_entropy(z, np.ones((2, 2)), where=keep), z
+    )
+    np.testing.assert_allclose(losses, [np.log1p(np.exp([-1.0, 2.0])).sum(), 0], rtol=1e-6)
+    np.testing.assert_array_equal(pull_back(jnp.ones(2))[0][1], [0, 0])
+    across = xentjax.multilabel_cross_entropy(z.T, np.ones((2, 2)), axis=0, where=keep)
+    np.testing.assert_array_equal(across, losses)
+
+
+# The debug switch for labels.
+
+
+@pytest.mark.parametrize("bad", [-1, 255, np.nan, 1.5])
+@pytest.mark.parametrize("name", LOSSES)
+def test_label_checks_name_position_and_value(name, bad):
+    loss = getattr(xentjax, name)
+    p, t = np.full((2, 3), 0.5, np.float32), np.ones((2, 3), np.float32)
+    t[1, 2] = bad
+    keep = np.ones((2, 3), bool)
+    wanted = rf"targets: expected values in \[0, 1\], got {bad}.* at position \[1 2\]"
+    loss(p, t)
+    with xentjax.label_checks():
+        loss(p, np.clip(np.nan_to_num(t), 0, 1))
+        with pytest.raises(ValueError, match=wanted):
+            loss(p, t)
+        with pytest.raises(ValueError, match=wanted):
+            loss(p, t, where=keep)
+        keep[1, 2] = False
+        assert np.isfinite(loss(p, t, where=keep)).all()
+        with pytest.raises(ValueError, match=r"got 2.* at position \[\]"):
+            xentjax.sigmoid_binary_cross_entropy(0.0, 2)
+
+
+# Settings.
+
+
+@pytest.mark.parametrize("x64", [False, True], ids=["x32", "x64"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("name", LOSSES)
+def test_strict_settings(name, dtype, x64):
+    """The same dtypes whatever the switches, an empty batch among the shapes."""
+    loss = getattr(xentjax, name)
+    with (
+        jax.enable_x64(x64),
+        jax.numpy_dtype_promotion("strict"),
+        jax.numpy_rank_promotion("raise"),
+    ):
+        for shape in [(2, 3), (0, 3)]:
+            p, t = jnp.full(shape, 0.5, dtype), jnp.ones(shape, bool)
+
+            def total(p, t, where):
+                return loss(p, t, where=where).sum()
+
+            value, gradient = jax.jit(jax.value_and_grad(total))(p, t, t)
+            assert (value.dtype, gradient.dtype) == (jnp.float32, jnp.dtype(dtype))
+            assert loss(p, t).dtype == jnp.float32
 
 
 # Several labels.

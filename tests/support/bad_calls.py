@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 import xentjax as xj
 from xentjax import SparseTargets
@@ -122,6 +123,9 @@ def sigmoid_calls():
             yield Bad(function, (P, targets), {}, *shape_of("targets", "(4, 3)", given))
         yield Bad(function, (ints(4, 3), P), {}, *kind_of(name, FLOATS, "int32[4, 3]"))
         yield Bad(function, (P, Z.astype(complex)), {}, *kind_of("targets", "float", "complex64"))
+        yield Bad(function, (P, "yes"), {}, *kind_of("targets", "float, bool or int", "'yes'"))
+        yield Bad(function, (P, P), {"where": Z}, *kind_of("where", "bool", "float32[4, 3]"))
+        yield Bad(function, (P, P), {"where": bools(3)}, *shape_of("where", "(4, 3)", "3"))
     multilabel = xj.multilabel_cross_entropy
     yield Bad(multilabel, (Z, Z), {"axis": 2}, *shape_of("axis", "[-2, 2)", "2"))
     yield Bad(multilabel, (Z, Z), {"axis": (0, -2)}, *shape_of("axis", "distinct", "(0, -2)"))
@@ -130,6 +134,26 @@ def sigmoid_calls():
 
 def target_calls():
     smooth, mix = xj.smooth_labels, xj.mix_targets
+    for number in ("dog", None, 1j, True):
+        yield Bad(smooth, (LABELS, number), {}, *kind_of("alpha", "real number", ""))
+        yield Bad(mix, (LABELS, LABELS, number), {}, *kind_of("lam", "real number", ""))
+    for function, rest in [
+        (smooth, (0.1,)),
+        (mix, (P, 0.5)),
+        (xj.reweight_targets, (LOSSES[:3],)),
+        (xj.dense_targets, (3,)),
+    ]:
+        for axis, error in [
+            (2, shape_of("axis", "[-2, 2)", "2")),
+            (1.0, kind_of("axis", "int", "1.0")),
+            ((0, 1), kind_of("axis", "int", "(0, 1)")),
+        ]:
+            yield Bad(function, (P, *rest), {"axis": axis}, *error)
+            yield Bad(function, (LABELS, *rest), {"axis": axis}, *error)
+    one_mass = shape_of("targets", "one mass per class", "float32[]")
+    yield Bad(smooth, (jnp.float32(1), 0.1), {}, *one_mass)
+    tiny = P.astype(jnp.float8_e4m3fn)
+    yield Bad(smooth, (tiny, 0.1), {}, *kind_of("targets", FLOATS, "float8_e4m3fn[4, 3]"))
     for alpha in (1.5, -0.1, math.nan, math.inf):
         yield Bad(smooth, (LABELS, alpha), {}, *shape_of("alpha", "[0, 1]", str(alpha)))
     yield Bad(smooth, (LABELS, jnp.ones(4)), {}, *shape_of("alpha", "scalar", "[4]"))
@@ -142,8 +166,8 @@ def target_calls():
         yield Bad(smooth, (targets, 0.1), {"background": background}, *error)
     for lam in (1.1, -1e-3, 2, math.nan):
         yield Bad(mix, (LABELS, LABELS, lam), {}, *shape_of("lam", "[0, 1]", str(lam)))
-    yield Bad(mix, (LABELS, LABELS, jnp.ones(3)), {}, *shape_of("lam", "(4,)", "(3,)"))
-    yield Bad(mix, (P, LABELS, jnp.ones((4, 1))), {}, *shape_of("lam", "(4,)", "(4, 1)"))
+    yield Bad(mix, (LABELS, LABELS, jnp.ones(3)), {}, *shape_of("lam", "(4,)", "[3]"))
+    yield Bad(mix, (P, LABELS, jnp.ones((4, 1))), {}, *shape_of("lam", "(4,)", "[4, 1]"))
     yield Bad(mix, (LABELS, LABELS[:2], 0.5), {}, *shape_of("b", "(4,)", "(2,)"))
     yield Bad(mix, (P, LABELS[:2], 0.5), {}, *shape_of("b", "(4,)", "(2,)"))
     yield Bad(mix, (P, jnp.ones((4, 5)), 0.5), {}, *shape_of("b", "3", "5"))
@@ -156,31 +180,54 @@ def target_calls():
         (LABELS, jnp.ones((4, 3)), shape_of("class_weights", "[V]", "[4, 3]")),
         (LABELS, 2.0, shape_of("class_weights", "[V]", "[]")),
         (LABELS, ints(3), kind_of("class_weights", FLOATS, "int32[3]")),
-        (P, jnp.ones(5), shape_of("class_weights", "(3,)", "[5]")),
-        (SMOOTHED, jnp.ones(3), shape_of("class_weights", "(5,)", "[3]")),
+        (P, jnp.ones(5), shape_of("class_weights", "3 classes", "[5]")),
+        (SMOOTHED, jnp.ones(3), shape_of("class_weights", "5 classes", "[3]")),
+        (LABELS, jnp.ones(0), shape_of("class_weights", "[V]", "[0]")),
         (bools(4), jnp.ones(3), kind_of("targets", "integer labels", "bool[4]")),
     ]:
         yield Bad(xj.reweight_targets, (targets, weights), {}, *error)
     for targets, classes, error in [
         (LABELS, 0, shape_of("num_classes", "positive int", "0")),
-        (LABELS, 3.0, shape_of("num_classes", "positive int", "3.0")),
-        (P, 5, shape_of("targets", "5", "[4, 3]")),
+        (LABELS, 3.0, kind_of("num_classes", "positive int", "3.0")),
+        (P, 5, shape_of("targets", "5 classes", "3")),
         (SMOOTHED, 3, shape_of("targets", "3 classes", "5")),
     ]:
         yield Bad(xj.dense_targets, (targets, classes), {}, *error)
 
 
 def mixing_calls():
-    for function, name, x in [(xj.mixup, "inputs", Z), (xj.cutmix, "images", IMAGES)]:
+    for function, x in [(xj.mixup, Z), (xj.cutmix, IMAGES)]:
         for alpha in (-1.0, math.nan, math.inf):
             yield Bad(function, (KEY, x, LABELS, alpha), {}, *shape_of("alpha", "", str(alpha)))
         yield Bad(function, (KEY, x, LABELS, LOSSES), {}, *shape_of("alpha", "scalar", "[4]"))
-        pixels = x.astype(jnp.uint8)
-        yield Bad(function, (KEY, pixels, LABELS, 1.0), {}, *kind_of(name, FLOATS, "uint8"))
+        for alpha in ("dog", None, 1j, True):
+            yield Bad(function, (KEY, x, LABELS, alpha), {}, *kind_of("alpha", "real number", ""))
+        for key in (None, 0, jnp.zeros(2), "dog"):
+            yield Bad(function, (key, x, LABELS, 1.0), {}, *kind_of("key", "PRNG key", ""))
+        two = jax.random.split(KEY)
+        yield Bad(function, (two, x, LABELS, 1.0), {}, *shape_of("key", "one PRNG key", "(2,)"))
+        for where, error in [
+            (jnp.ones(4), kind_of("where", "bool", "float32[4]")),
+            (bools(3), shape_of("where", "(4,)", "[3]")),
+        ]:
+            yield Bad(function, (KEY, x, LABELS, 1.0), {"where": where}, *error)
         yield Bad(function, (KEY, x, LABELS[:2], 1.0), {}, *shape_of("targets", "4", "2"))
         yield Bad(function, (KEY, x, bools(4), 1.0), {}, *kind_of("targets", "labels", "bool[4]"))
-    images = "[batch, height, width, ...]"
-    yield Bad(xj.cutmix, (KEY, Z, LABELS, 1.0), {}, *shape_of("images", images, "[4, 3]"))
+    pixels = ints(4, 3)
+    yield Bad(xj.mixup, (KEY, pixels, LABELS, 1.0), {}, *kind_of("inputs", FLOATS, "int32[4, 3]"))
+    yield Bad(xj.cutmix, (KEY, Z, LABELS, 1.0), {}, *shape_of("image_axes", "two axes", "[4, 3]"))
+    for axes, error in [
+        ((0, 1), shape_of("image_axes", "not the first", "(0, 1)")),
+        ((1, -2), shape_of("image_axes", "two axes", "(1, -2)")),
+        ((1, 3), shape_of("image_axes", "two axes", "(1, 3)")),
+        ((1,), kind_of("image_axes", "two ints", "(1,)")),
+        ((1.0, 2.0), kind_of("image_axes", "two ints", "(1.0, 2.0)")),
+        (None, kind_of("image_axes", "two ints", "None")),
+    ]:
+        yield Bad(xj.cutmix, (KEY, IMAGES, LABELS, 1.0), {"image_axes": axes}, *error)
+    maps, mask = ints(4, 8, 8), {"where": bools(4, 8, 8)}
+    yield Bad(xj.cutmix, (KEY, IMAGES, maps[:, :4], 1.0), {}, *shape_of("targets", "8", "4, 4, 8"))
+    yield Bad(xj.cutmix, (KEY, IMAGES, maps, 1.0), mask, *shape_of("where", "None", "mask"))
     for tree, given in [({"a": Z, "b": Z[:2]}, "(2, 3)"), (jnp.ones(()), "()"), ({}, "none")]:
         yield Bad(xj.mixup, (KEY, tree, LABELS, 1.0), {}, *shape_of("inputs", "", given))
 
@@ -213,6 +260,8 @@ def information_calls():
         yield Bad(function, (ints(4, 3),), {}, *kind_of(name, FLOATS, "int32[4, 3]"))
         for base in () if name == "nats" else (0, 1, -2, math.nan, math.inf):
             yield Bad(function, (x,), {"base": base}, *shape_of("base", "positive", str(base)))
+        for base in () if name == "nats" else ("two", 2j, np.ones(1), [2]):
+            yield Bad(function, (x,), {"base": base}, *kind_of("base", "positive", repr(base)))
     for function, names, x in [
         (xj.cross_entropy, "pq", P),
         (xj.kl_divergence, "pq", P),
@@ -224,7 +273,11 @@ def information_calls():
         yield Bad(function, (ints(4, 3), x), {}, *kind_of(names[0], FLOATS, "int32[4, 3]"))
         yield Bad(function, (x, ints(4, 3)), {}, *kind_of(names[1], FLOATS, "int32[4, 3]"))
         yield Bad(function, (x, x), {"base": -2}, *shape_of("base", "positive", "-2"))
+        yield Bad(function, (x, x), {"base": "two"}, *kind_of("base", "positive", "'two'"))
         yield Bad(function, (x, x), {"axis": 2}, *shape_of("axis", "[-2, 2)", "2"))
+    kl = xj.softmax_kl_divergence
+    yield Bad(kl, (Z, Z), {"where": bools(3)}, *shape_of("where", "(4,)", "(3,)"))
+    yield Bad(kl, (Z, Z), {"where": ints(4)}, *kind_of("where", "bool", "int32[4]"))
     for function in (xj.entropy, xj.softmax_entropy, xj.softmax_surprisal):
         yield Bad(function, (Z,), {"axis": (0, 2)}, *shape_of("axis", "[-2, 2)", "(0, 2)"))
         yield Bad(function, (Z,), {"axis": (0, 0)}, *shape_of("axis", "distinct", "(0, 0)"))

@@ -20,17 +20,22 @@ def as_array(name: str, x: Any, what: str = "a floating-point array") -> jax.Arr
     """Returns `x` as a jax array, or raises a TypeError that names the argument."""
     try:
         return jnp.asarray(x)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise TypeError(f"{name}: expected {what}, got {x!r}") from error
 
 
 def check_floating(name: str, x: jax.Array) -> None:
-    """Raises TypeError unless `x` is an array of floats."""
+    """Raises TypeError unless `x` is an array of floats of 16 bits or more."""
     chex.assert_type(
         x,
         jnp.floating,
         exception_type=TypeError,
         custom_message=f"{name}: expected a floating-point array, got {describe(x)}",
+    )
+    check(
+        jnp.finfo(x.dtype).bits >= 16,
+        f"{name}: expected a floating-point array of 16 bits or more, got {describe(x)}",
+        TypeError,
     )
 
 
@@ -92,7 +97,8 @@ def check_interval(name: str, x: Any, low: float, high: float) -> None:
 def label_checks() -> Iterator[None]:
     """Makes labels outside [0, V) an error that names the position and the label.
 
-    Without it such labels give NaN, at no cost. Under `jax.jit` the check is one of
+    Without it such labels give NaN, at no cost; binary targets outside [0, 1], which count as they
+    are without it, are errors too. Under `jax.jit` the check is one of
     `jax.experimental.checkify`: wrap the jitted function in `checkify.checkify`, as below. What was
     compiled before the switch was on stays as it was.
 
@@ -112,6 +118,11 @@ def label_checks() -> Iterator[None]:
         _labels_checked.reset(token)
 
 
+def label_checks_are_on() -> bool:
+    """Returns whether the caller is inside `label_checks`."""
+    return _labels_checked.get()
+
+
 def check_labels(labels: jax.Array, num_classes: int, where: jax.Array | None) -> None:
     """Under `label_checks`, raises or records an error at the first label outside [0, V)."""
     if not _labels_checked.get() or labels.size == 0:
@@ -125,6 +136,22 @@ def check_labels(labels: jax.Array, num_classes: int, where: jax.Array | None) -
         f"targets: expected labels in [0, {num_classes}), got {{label}} at position {{position}}",
         label=labels[tuple(position)],
         position=position[:-1],
+    )
+
+
+def check_probabilities(name: str, x: jax.Array, where: jax.Array | None) -> None:
+    """Under `label_checks`, raises or records an error at the first of x outside [0, 1]."""
+    if not _labels_checked.get() or x.size == 0:
+        return
+    bad = ~((x >= 0) & (x <= 1))
+    if where is not None:
+        bad &= where
+    position = jnp.stack(jnp.unravel_index(jnp.argmax(bad), x.shape)) if x.ndim else jnp.zeros(0)
+    checkify.check(
+        ~bad.any(),
+        f"{name}: expected values in [0, 1], got {{value}} at position {{position}}",
+        value=x[tuple(position)],
+        position=position,
     )
 
 

@@ -14,11 +14,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float
 
-from xentjax._jax import checks
+from xentjax._jax import arithmetic, checks
 from xentjax._jax.custom_vjp import custom_vjp
 
 
-def sigmoid_binary_cross_entropy(logits: ArrayLike, targets: ArrayLike) -> Float[Array, "*shape"]:
+def sigmoid_binary_cross_entropy(
+    logits: ArrayLike, targets: ArrayLike, *, where: ArrayLike | None = None
+) -> Float[Array, "*shape"]:
     """Cross-entropy between targets and sigmoid(logits), element by element.
 
     loss = t · softplus(−z) + (1 − t) · softplus(z),   ∂loss/∂z = σ(z) − t
@@ -26,12 +28,15 @@ def sigmoid_binary_cross_entropy(logits: ArrayLike, targets: ArrayLike) -> Float
     Args:
       logits: z, float[...]; ±inf is certainty, of loss 0 where the target agrees.
       targets: t, the probability of yes in [0, 1]: float, bool or int, of the shape of logits.
+        Others count as they are; `label_checks` turns them into an error.
+      where: Which elements to keep, bool of the shape of logits; the others have loss and gradient
+        0, whatever stands there.
 
     Returns:
       Losses in nats, of the shape of logits, float32 (float64 for float64 logits).
 
     Raises:
-      TypeError: logits are not floating-point, or targets are complex.
+      TypeError: logits are not floating-point, targets are complex, or where is not bool.
       ValueError: The shapes differ; nothing broadcasts.
 
     Example:
@@ -43,12 +48,16 @@ def sigmoid_binary_cross_entropy(logits: ArrayLike, targets: ArrayLike) -> Float
     Source:
       Goodfellow et al., Deep Learning, 2016, section 6.2.2.2.
     """
-    logits, targets = _as_binary("logits", logits, targets)
-    return _sigmoid_cross_entropy(logits, targets)
+    logits, targets, where = _as_binary("logits", logits, targets, where)
+    return _masked_loss(_sigmoid_cross_entropy, logits, targets, where)
 
 
 def multilabel_cross_entropy(
-    logits: ArrayLike, targets: ArrayLike, *, axis: int | Sequence[int] = -1
+    logits: ArrayLike,
+    targets: ArrayLike,
+    *,
+    axis: int | Sequence[int] = -1,
+    where: ArrayLike | None = None,
 ) -> Float[Array, "*batch"]:
     """Sum of the binary cross-entropies of an example's labels, each a yes or a no of its own.
 
@@ -58,12 +67,15 @@ def multilabel_cross_entropy(
       logits: z, float[..., V].
       targets: t, the probability of each label in [0, 1], of the shape of logits.
       axis: The axis of the labels, or several.
+      where: Of the loss's shape: examples to keep, the others have loss and gradient 0. Of the
+        logits' shape: labels to keep, the others add nothing.
 
     Returns:
-      One loss per example in nats, of the logits' shape without `axis`.
+      One loss per example in nats, of the logits' shape without `axis`, float32 (float64 for
+      float64 logits).
 
     Raises:
-      TypeError: logits are not floating-point, or targets are complex.
+      TypeError: logits are not floating-point, targets are complex, or where is not bool.
       ValueError: The shapes differ, or the axis does not fit.
 
     Example:
@@ -76,11 +88,19 @@ def multilabel_cross_entropy(
     Source:
       Goodfellow et al., Deep Learning, 2016, section 6.2.2.2.
     """
-    losses = sigmoid_binary_cross_entropy(logits, targets)
-    return losses.sum(checks.canonical_axes(axis, losses.ndim))
+    logits = checks.as_array("logits", logits)
+    axes = checks.canonical_axes(axis, logits.ndim)
+    if where is not None:
+        batch = tuple(n for a, n in enumerate(logits.shape) if a not in axes)
+        where = checks.as_mask(where, batch, logits.shape, "labels")
+        if where.shape != logits.shape:
+            where = jnp.broadcast_to(jnp.expand_dims(where, axes), logits.shape)
+    return sigmoid_binary_cross_entropy(logits, targets, where=where).sum(axes)
 
 
-def binary_cross_entropy(probabilities: ArrayLike, targets: ArrayLike) -> Float[Array, "*shape"]:
+def binary_cross_entropy(
+    probabilities: ArrayLike, targets: ArrayLike, *, where: ArrayLike | None = None
+) -> Float[Array, "*shape"]:
     """Log loss of probabilities, element by element.
 
     loss = −t · log p − (1 − t) · log(1 − p),   with 0 · log 0 = 0
@@ -90,13 +110,16 @@ def binary_cross_entropy(probabilities: ArrayLike, targets: ArrayLike) -> Float[
 
     Args:
       probabilities: p, of yes, float[...] in [0, 1].
-      targets: t, in [0, 1]: float, bool or int, of the shape of probabilities.
+      targets: t, in [0, 1]: float, bool or int, of the shape of probabilities. Others count as they
+        are; `label_checks` turns them into an error.
+      where: Which elements to keep, bool of the shape of probabilities; the others have loss and
+        gradient 0, whatever stands there.
 
     Returns:
       Losses in nats, of the shape of probabilities, float32 (float64 for float64).
 
     Raises:
-      TypeError: probabilities are not floating-point, or targets are complex.
+      TypeError: probabilities are not floating-point, targets are complex, or where is not bool.
       ValueError: The shapes differ; nothing broadcasts.
 
     Example:
@@ -109,17 +132,14 @@ def binary_cross_entropy(probabilities: ArrayLike, targets: ArrayLike) -> Float[
     Source:
       Good, Rational Decisions, 1952, section 4.
     """
-    p, t = _as_binary("probabilities", probabilities, targets)
-    p = p.astype(t.dtype)
-    yes = -jnp.log(jnp.where((t == 0) & (p == 0), 1, p))
-    no = -jnp.log1p(-jnp.where((t == 1) & (p == 1), 0, p))
-    return t * yes + (1 - t) * no
+    p, t, where = _as_binary("probabilities", probabilities, targets, where)
+    return _masked_loss(_binary_cross_entropy, p, t, where)
 
 
-def _as_binary(name, predictions, targets):
-    """Returns predictions as they are, and targets in the dtype of the arithmetic."""
+def _as_binary(name, predictions, targets, where):
+    """Returns predictions as they are, targets in the dtype of the arithmetic, and where."""
     predictions = checks.as_array(name, predictions)
-    targets = checks.as_array("targets", targets)
+    targets = checks.as_array("targets", targets, "a float, bool or int array")
     checks.check_floating(name, predictions)
     checks.check(
         not jnp.issubdtype(targets.dtype, jnp.complexfloating),
@@ -127,46 +147,70 @@ def _as_binary(name, predictions, targets):
         TypeError,
     )
     checks.check_shape("targets", targets, predictions.shape, f"that of {name}")
-    return predictions, targets.astype(jnp.promote_types(predictions.dtype, jnp.float32))
+    if where is not None:
+        where = checks.as_array("where", where, "a bool array")
+        checks.check_bool("where", where)
+        checks.check_shape("where", where, predictions.shape, f"that of {name}")
+    targets = targets.astype(arithmetic.wide_dtype(predictions.dtype))
+    checks.check_probabilities("targets", targets, where)
+    return predictions, targets, where
 
 
-@jax.custom_jvp
-def _sigmoid(x):
-    return 1 / (1 + jnp.exp(-x))
+def _masked_loss(loss, predictions, targets, where):
+    """Returns the losses that `where` keeps, and 0 elsewhere, whatever stands there."""
+    if where is None:
+        return loss(predictions, targets)
+    predictions = jnp.where(where, predictions, 0.5)
+    return jnp.where(where, loss(predictions, jnp.where(where, targets, 0)), 0)
 
 
-@_sigmoid.defjvp
-def _sigmoid_jvp(primals, tangents):
-    (x,), (tangent,) = primals, tangents
-    return _sigmoid(x), _sigmoid(x) * _sigmoid(-x) * tangent
+@jax.jit
+def _binary_cross_entropy(probabilities, t):
+    p = probabilities.astype(t.dtype)
+    yes = 0 - arithmetic.log(jnp.where((t == 0) & (p == 0), 1, p))
+    no = 0 - arithmetic.log1p(-jnp.where((t == 1) & (p == 1), 0, p))
+    return t * yes + (1 - t) * no  # 0 less a logarithm is not −0.
 
 
 def _fwd(live, logits, targets):
     del live
     z = logits.astype(targets.dtype)
-    return _linear(z, targets) + jnp.log1p(jnp.exp(-jnp.abs(z))), (logits, targets)
+    loss = _times(targets, z) + jnp.log1p(jnp.exp(-jnp.abs(z)))
+    return loss, (logits, targets)
 
 
-def _linear(z, t):
+def _times(t, z):
     """Returns max((1 − t) · z, −t · z), with 0 · inf = 0; an ulp of 1 more or less is nothing.
 
-    It does so without a choice, at which XLA's CPU backend gives up its fast sums: in units of
-    2¹⁰⁰ (in float32) every logit but ±inf is a small number, and the bounds leave them all alone.
-    (Two bounds in a row would be a clip, at which it gives them up too; hence the half.)
+    It does so without a choice, for which XLA's CPU backend (jaxlib 0.10.2) keeps arrays beside a
+    sum. Two bounds in a row are a choice too, hence the half.
+    """
+    half, unit = _bounded(z)
+    yes = t * unit
+    return jnp.maximum((unit - yes) * half, -yes * half)
+
+
+def _bounded(z):
+    """Returns (x, u) with z = x · u, where x is finite though z may not be, and u a number.
+
+    In units of 2¹⁰⁰ (in float32) every logit but ±inf is a small number, which the bounds leave.
     """
     number = jnp.finfo(z.dtype)
     unit = 2.0 ** (number.maxexp - number.nmant - 5)
     half = jnp.maximum(jnp.minimum(z / unit, number.max) / 2, -number.max)
-    yes = t * (2 * unit)
-    return jnp.maximum((2 * unit - yes) * half, -yes * half)
+    return half, 2 * unit
 
 
 def _bwd(live, residuals, cotangent):
+    """∂loss/∂z = (1 − t) · σ(z) − t · σ(−z), ∂loss/∂t = −z, and 0 · inf = 0."""
     del live
     logits, targets = residuals
     z = logits.astype(targets.dtype)
-    error = (1 - targets) * _sigmoid(z) - targets * _sigmoid(-z)
-    return (cotangent * error).astype(logits.dtype), cotangent * -z
+    small = jnp.exp(jnp.where(z < 0, z, -z))
+    up, down = jnp.where(z < 0, small, 1), jnp.where(z < 0, 1, small)
+    error = ((1 - targets) * up - targets * down) / (1 + small)
+    half, unit = _bounded(z)
+    return (cotangent * error).astype(logits.dtype), cotangent * -half * unit
 
 
 _sigmoid_cross_entropy = jax.jit(custom_vjp(lambda *args: _fwd(None, *args)[0], _fwd, _bwd))
