@@ -8,6 +8,7 @@ so that no command needs what only another one uses.
 import argparse
 import importlib
 import io
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -15,10 +16,11 @@ from pathlib import Path
 from typing import NoReturn
 
 import xentjax
+from xentjax._commands.process import end_quietly
 
 
 class _Parser(argparse.ArgumentParser):
-    """Raises what is wrong with the arguments, for `main` to say in one line."""
+    """Raises the fault of the arguments, for `main` to print in one line."""
 
     def error(self, message: str) -> NoReturn:
         raise argparse.ArgumentError(None, message)
@@ -31,9 +33,13 @@ def main(argv: Sequence[str] | None = None) -> int:
       argv: The words after `python -m xentjax`; None takes those of the process.
 
     Returns:
-      The exit code: 0, 1 where the command failed, 2 where the arguments are wrong.
+      The exit code: 0, 1 where the command failed, 2 where the arguments are wrong. Without a
+      command the help is printed, as by pip, and the exit code is 0.
     """
     words = sys.argv[1:] if argv is None else argv
+    if not words:
+        _parser().print_help()
+        return 0
     try:
         # To argparse "-1,2" looks like an option, " -1,2" does not.
         arguments = _parser().parse_args([re.sub(r"^-(?=\.?\d|inf\b)", " -", w) for w in words])
@@ -45,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _load(command: str) -> Callable[[argparse.Namespace], int] | None:
-    """Returns what runs a command; None, having said so, where a package it uses is missing."""
+    """Returns the `run` of a command; prints an error and returns None if a package is missing."""
     try:
         return importlib.import_module(f"xentjax._commands.{command}").run
     except ModuleNotFoundError as error:
@@ -89,7 +95,10 @@ def _add_demo_options(parser: argparse.ArgumentParser) -> None:
         "--epochs", type=_number(int, 1, 10_000), default=40, help="passes over the data (40)"
     )
     parser.add_argument(
-        "--seed", type=_number(int, 0, 2**32 - 1), default=0, help="of all that is random (0)"
+        "--seed",
+        type=_number(int, 0, 2**32 - 1),
+        default=0,
+        help="the seed of all random numbers (0)",
     )
     parser.add_argument(
         "--output", type=_picture, default="xentjax-demo.png", help="the picture (xentjax-demo.png)"
@@ -98,13 +107,13 @@ def _add_demo_options(parser: argparse.ArgumentParser) -> None:
 
 def _add_lm_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--steps", type=_number(int, 1, 100_000), default=50, help="of the training (50)"
+        "--steps", type=_number(int, 1, 100_000), default=50, help="steps of the training (50)"
     )
     parser.add_argument(
         "--vocabulary",
         type=_number(int, 2, 1_000_000),
         default=30_000,
-        help="how many words to tell apart at most (30000)",
+        help="the most words of the vocabulary (30000)",
     )
     parser.add_argument(
         "--batch",
@@ -119,7 +128,10 @@ def _add_lm_options(parser: argparse.ArgumentParser) -> None:
         help="MiB of temporaries for the loss without logits (64)",
     )
     parser.add_argument(
-        "--seed", type=_number(int, 0, 2**32 - 1), default=0, help="of all that is random (0)"
+        "--seed",
+        type=_number(int, 0, 2**32 - 1),
+        default=0,
+        help="the seed of all random numbers (0)",
     )
     parser.add_argument(
         "--output", type=_picture, default="xentjax-lm.png", help="the picture (xentjax-lm.png)"
@@ -135,8 +147,21 @@ def _add_explain_options(parser: argparse.ArgumentParser) -> None:
         "--label", required=True, help="the class that is true: its name, or its index from 0"
     )
     parser.add_argument("--classes", help="the names of the classes, as in panda,bird,dog (0,1,2)")
-    parser.add_argument(
-        "--logits", action="store_true", help="NUMBERS are logits, and not probabilities"
+    parser.set_defaults(kind="probabilities")
+    kinds = parser.add_mutually_exclusive_group()
+    kinds.add_argument(
+        "--logits",
+        action="store_const",
+        dest="kind",
+        const="logits",
+        help="NUMBERS are logits, and not probabilities",
+    )
+    kinds.add_argument(
+        "--normalize",
+        action="store_const",
+        dest="kind",
+        const="weights",
+        help="divide NUMBERS by their sum to get probabilities",
     )
     parser.add_argument("--bits", action="store_true", help="count in bits, and not in nats")
     parser.add_argument(
@@ -192,7 +217,7 @@ def _add_bench_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _number(kind: type[int] | type[float], low: float, high: float) -> Callable[[str], float]:
-    """Returns what reads a number in [low, high]."""
+    """Returns a reader of a number in [low, high]."""
 
     def read(text: str) -> float:
         expected = f"expected {'a whole' if kind is int else 'a'} number from {low} to {high}"
@@ -208,7 +233,7 @@ def _number(kind: type[int] | type[float], low: float, high: float) -> Callable[
 
 
 def _picture(text: str) -> Path:
-    """Reads the name of a picture that can be written."""
+    """Reads the name of a picture."""
     path = Path(text)
     if path.suffix.lower() not in {".png", ".pdf", ".svg"}:
         raise argparse.ArgumentTypeError(f"expected a name in .png, .pdf or .svg, got {text!r}")
@@ -216,14 +241,17 @@ def _picture(text: str) -> Path:
 
 
 def _file(text: str) -> Path:
-    """Reads the name of a file that can be written."""
+    """Reads the name of a file; a command asks before its work whether it can be written."""
     path = Path(text)
-    if path.is_dir() or not path.parent.is_dir():
+    # The methods of Path raise where a name is too long.
+    if os.path.isdir(path) or not os.path.isdir(path.parent):
         raise argparse.ArgumentTypeError(f"expected a file in a folder that exists, got {text!r}")
     return path
 
 
 if __name__ == "__main__":
-    if isinstance(sys.stdout, io.TextIOWrapper):  # A terminal without Σ shows "?" in its place.
-        sys.stdout.reconfigure(errors="replace")
+    end_quietly()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A terminal without Σ shows "?" in its place. Whole lines are out before a Ctrl-C.
+        sys.stdout.reconfigure(errors="replace", line_buffering=True)
     sys.exit(main())

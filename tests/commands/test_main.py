@@ -1,7 +1,9 @@
 """The command line: every number of `explain` against float64 NumPy, and every wrong argument."""
 
+import argparse
 import math
 import os
+import signal
 import subprocess
 import sys
 from typing import NamedTuple
@@ -11,6 +13,7 @@ import pytest
 
 import xentjax
 from xentjax.__main__ import main
+from xentjax._commands.common import check_writable
 
 EXTRAS = ["matplotlib", "optax", "rich", "sklearn"]
 
@@ -37,7 +40,7 @@ def explain(capsys, *argv):
     captured = capsys.readouterr()
     assert (code, captured.err) == (0, "")
     _, table, links = captured.out.split("\n\n")
-    heading, _, *rows = [line.split() for line in table.splitlines()]
+    heading, _, _, *rows = [line.split() for line in table.splitlines()]
     columns = dict(zip(heading, map(list, zip(*rows, strict=True)), strict=True))
     values = {}
     for line in links.splitlines():
@@ -154,8 +157,34 @@ def test_explain_takes_rounded_probabilities(capsys, numbers):
     assert explain(capsys, numbers, "--label", "0").values["loss"] == "1.0986"
 
 
+def test_explain_normalizes(capsys):
+    answer = explain(capsys, "0.333,0.333,0.333", "--normalize", "--label", "1")
+    assert answer.columns["weight"] == ["0.3330"] * 3
+    assert "p_v = w_v / Σ_u w_u, Σ_u w_u = 0.9990\n" in answer.text
+    assert "z = log w\n" in answer.text
+    assert_answer(answer, np.zeros(3), [0, 1, 0], 1)
+    answer = explain(capsys, "30,0,10", "--normalize", "--label", "0", "--bits")
+    assert answer.columns["probability"] == ["0.7500", "0.0000", "0.2500"]
+    assert answer.values["loss"] == "0.4150"
+
+
+@pytest.mark.parametrize("columns", [40, 60, 100])
+def test_explain_fits_the_terminal(capsys, monkeypatch, columns):
+    """Names, numbers and formulas are the same as at 500 columns, in lines that fit."""
+    argv = ["--logits", "12345,-2.5,3", "--label", "bird", "--classes", "panda,bird,dog"]
+    monkeypatch.setenv("COLUMNS", "500")
+    wide = explain(capsys, *argv).text.replace("─", "").split()
+    monkeypatch.setenv("COLUMNS", str(columns))
+    assert main(["explain", *argv]) == 0
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines())) <= columns
+    assert set(wide) == set(out.replace("─", "").split())
+
+
 P = "0.1,0.2,0.7"
-NOT_PROBABILITIES = "NUMBERS: expected probabilities of at least 0 that sum to 1 (for logits, add"
+NOT_PROBABILITIES = "NUMBERS: expected probabilities of at least 0 that sum to 1 ("
+NORMALIZE = "(to divide them by their sum, add --normalize; for logits, add --logits), got 0.1,"
+NOT_WEIGHTS = "NUMBERS: expected numbers of at least 0 with a sum above 0, to normalize, got "
 NOT_LOGITS = "NUMBERS: expected logits from −1e+38 to 1e+38, or −inf, got "
 NOT_NUMBERS = "NUMBERS: expected numbers with commas between them, got "
 NOT_NAMES = "--classes: expected 3 different names, one for each of NUMBERS, got "
@@ -168,6 +197,11 @@ NOT_EPOCHS = "--epochs: expected a whole number from 1 to 10000, got "
     [
         ("explain 0.1,0.2,0.6 --label 0", NOT_PROBABILITIES),
         ("explain 0.1,0.2,0.6 --label 0", "got 0.1,0.2,0.6, which sum to 0.9"),
+        ("explain 0.1,0.2,0.6 --label 0", NORMALIZE),
+        ("explain 0,0 --normalize --label 0", NOT_WEIGHTS + "0,0"),
+        ("explain -1,2 --normalize --label 0", NOT_WEIGHTS + "-1,2"),
+        ("explain inf,2 --normalize --label 0", NOT_WEIGHTS + "inf,2"),
+        ("explain 1,2 --normalize --logits --label 0", "--logits: not allowed with argument --n"),
         ("explain 0.3333,0.3333,0.3333 --label 0", NOT_PROBABILITIES),
         ("explain -0.1,0.4,0.7 --label 0", NOT_PROBABILITIES),
         ("explain nan,1 --label 0", NOT_PROBABILITIES),
@@ -198,7 +232,6 @@ NOT_EPOCHS = "--epochs: expected a whole number from 1 to 10000, got "
         ("demo --seed x", "--seed: expected a whole number from 0 to 4294967295, got 'x'"),
         ("demo --output x.gif", "--output: expected a name in .png, .pdf or .svg, got 'x.gif'"),
         ("demo --output no/x.png", "--output: expected a file in a folder that exists, got"),
-        ("", "the following arguments are required: command"),
         ("train", "invalid choice: 'train'"),
     ],
 )
@@ -211,10 +244,58 @@ def test_bad_arguments(capsys, argv, message):
     assert message in captured.err
 
 
+TOO_LONG = "x" * 300 + ".png"
+
+
+@pytest.mark.parametrize("command", ["demo", "lm", "bench --cases scaling"])
+def test_a_file_that_cannot_be_written_is_found_first(capsys, command):
+    assert main([*command.split(), "--output", TOO_LONG]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    expected = f"--output: expected a file that can be written, got '{TOO_LONG}': File name too"
+    assert expected in captured.err
+    assert captured.err.count("\n") == 1
+
+
+def test_a_record_that_cannot_be_written_is_found_first(capsys):
+    assert main(["bench", "--map", "--json", TOO_LONG]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "argument --json: expected a file that can be written" in captured.err
+
+
+def test_a_file_is_left_as_it_is(tmp_path):
+    old, new = tmp_path / "old.png", tmp_path / "new.png"
+    old.write_bytes(b"old")
+    check_writable("--output", old)
+    check_writable("--output", new)
+    assert [path.name for path in tmp_path.iterdir()] == ["old.png"]
+    assert old.read_bytes() == b"old"
+
+
+@pytest.mark.skipif(getattr(os, "geteuid", lambda: 0)() == 0, reason="nothing stops this user")
+def test_read_only_files_and_folders(tmp_path):
+    folder, file = tmp_path / "folder", tmp_path / "x.png"
+    folder.mkdir(0o500)
+    file.touch(0o400)
+    for path in folder / "x.png", file:
+        with pytest.raises(argparse.ArgumentError, match=r"can be written, got .*: Permission"):
+            check_writable("--output", path)
+
+
 def test_a_folder_is_no_picture(capsys, tmp_path):
     (tmp_path / "x.png").mkdir()
     assert main(["demo", "--output", str(tmp_path / "x.png")]) == 2
     assert "argument --output: expected a file in a folder that exists" in capsys.readouterr().err
+
+
+def test_without_a_command_the_commands_are_listed(capsys):
+    assert main([]) == 0
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    assert captured.out.startswith("usage: python -m xentjax")
+    for command in "demo", "lm", "explain", "bench":
+        assert f"\n    {command} " in captured.out
 
 
 @pytest.mark.parametrize("argv", [["--help"], ["demo", "--help"], ["explain", "--help"]])
@@ -235,7 +316,8 @@ def test_version(capsys):
 def test_demo_without_an_extra(capsys, monkeypatch, package):
     for name in [package, *(name for name in sys.modules if name.startswith(f"{package}."))]:
         monkeypatch.setitem(sys.modules, name, None)
-    monkeypatch.delitem(sys.modules, "xentjax._commands.demo", raising=False)
+    for name in "xentjax._commands.demo", "xentjax._commands.common":
+        monkeypatch.delitem(sys.modules, name, raising=False)
     assert main(["demo"]) == 1
     captured = capsys.readouterr()
     assert captured.out == ""
@@ -257,3 +339,37 @@ def test_explain_as_a_program_with_the_core_alone():
     assert (process.returncode, process.stderr) == (0, "")
     assert "? p_v" not in process.stdout
     assert "lse(z) ? z_1 = 0.0486 nats" in process.stdout
+
+
+def start(*argv):
+    """Starts a command as a program."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "xentjax", *argv],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there Ctrl-C is no signal to one process")
+@pytest.mark.parametrize(
+    "argv", ["demo --epochs=10000 --output={}/x.png", "bench --rounds=10000 --cases=labels"]
+)
+def test_ctrl_c_is_told_in_one_line(tmp_path, argv):
+    with start(*argv.format(tmp_path).split()) as process:
+        first = process.stdout.readline()  # After it come compilations and computations.
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=20)
+    assert (process.returncode, err) == (130, "interrupted\n")
+    assert first.startswith("Handwritten digits" if "demo" in argv else "")
+    assert "Picture" not in out
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGPIPE"), reason="the system has no such signal")
+def test_a_reader_may_stop_early():
+    with start("explain", ",".join(["0.0001"] * 10_000), "--label=1") as process:
+        assert process.stdout.readline() == "Classes: 10000. Truth: 1. Unit: nats.\n"
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == -signal.SIGPIPE

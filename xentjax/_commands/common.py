@@ -1,20 +1,60 @@
-"""What the commands that train and draw have in common."""
+"""Helpers that the commands share which train, measure and draw."""
 
+import argparse
+import os
 import sys
+from pathlib import Path
 
 from matplotlib.axes import Axes
+from rich.progress import (
+    BarColumn,
+    Progress,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73")  # Apart for colour-blind readers too.
+SPEED_PERIOD = 3600  # Seconds that the time left is estimated from: one step may take minutes.
 
 
 def fail(message: str) -> int:
-    """Prints what went wrong; returns the exit code."""
+    """Prints an error; returns the exit code."""
     print(f"error: {message}", file=sys.stderr)
     return 1
 
 
+def check_writable(option: str, path: Path) -> None:
+    """Raises ArgumentError where `path` cannot be written; leaves a file that is there as it is."""
+    is_new = not os.path.exists(path)  # Path.exists raises where a name is too long.
+    try:
+        with path.open("ab"):
+            pass
+        if is_new:
+            path.unlink()
+    except OSError as error:
+        expected = f"expected a file that can be written, got {str(path)!r}"
+        raise argparse.ArgumentError(
+            None, f"argument {option}: {expected}: {error.strerror}"
+        ) from None
+
+
+def progress_bar() -> Progress:
+    """Returns a bar that shows the time so far and the time left."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=None),
+        TaskProgressColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        speed_estimate_period=SPEED_PERIOD,
+    )
+
+
 def tidy(ax: Axes) -> None:
-    """Puts a faint grid behind what is drawn, and takes away the frame."""
+    """Puts a faint grid behind the curves, and takes away the frame."""
     ax.grid(alpha=0.25)
     ax.set_axisbelow(True)
     ax.spines[["top", "right"]].set_visible(False)

@@ -19,14 +19,11 @@ from jaxtyping import Array, Float, Int
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-from rich import box
-from rich.console import Console
-from rich.progress import Progress
-from rich.table import Table
 from sklearn.datasets import load_digits
 
 import xentjax
-from xentjax._commands.common import COLOURS, fail, tidy
+from xentjax._commands.common import COLOURS, check_writable, fail, progress_bar, tidy
+from xentjax._commands.text import definitions, paragraph, table
 
 TRAIN_SIZE = 900
 BATCH_SIZE = 50
@@ -66,7 +63,7 @@ RECIPES = {"hard": hard_labels, "smoothed": smoothed_labels, "mixup": mixup}
 
 @dataclasses.dataclass(frozen=True)
 class Epoch:
-    """What one pass over the examples led to; losses are means, in nats.
+    """Losses and accuracy after one pass over the examples; losses are means, in nats.
 
     Attributes:
       train_loss: On the targets that were learnt from.
@@ -113,17 +110,21 @@ class Result:
 
 def run(arguments: argparse.Namespace) -> int:
     """Trains, tests, prints the table and saves the picture; returns the exit code."""
-    console = Console()
+    check_writable("--output", arguments.output)
     start = time.perf_counter()
     train, test = load()
-    console.print(f"Handwritten digits: {len(train[1])} to learn from, {len(test[1])} to test on.")
+    print(f"Handwritten digits: {len(train[1])} to learn from, {len(test[1])} to test on.")
     courses = {}
-    with Progress(console=console) as progress:
+    with progress_bar() as progress:
+        bar = progress.add_task("", total=len(RECIPES) * arguments.epochs)
         for name, recipe in RECIPES.items():
-            epochs = learn(recipe, train, test, arguments.epochs, arguments.seed)
-            courses[name] = list(progress.track(epochs, arguments.epochs, description=name))
+            progress.update(bar, description=name)
+            courses[name] = []
+            for epoch in learn(recipe, train, test, arguments.epochs, arguments.seed):
+                courses[name].append(epoch)
+                progress.advance(bar)
     results = {name: measure(course[-1], np.asarray(test[1])) for name, course in courses.items()}
-    report(console, results)
+    print("\n".join(report(results)))
     try:
         picture(courses, results).savefig(arguments.output, dpi=150)
     except OSError as error:
@@ -164,7 +165,7 @@ def network(params: Params, x: jax.Array) -> jax.Array:
 
 
 def make_train_step(recipe: Recipe, optimizer: optax.GradientTransformation) -> Callable:
-    """Returns what learns from one batch, compiled as one."""
+    """Returns the step that learns from one batch, compiled as one."""
 
     @jax.jit
     def train_step(params, state, key, images, labels):
@@ -245,37 +246,43 @@ def measure(epoch: Epoch, labels: np.ndarray) -> Result:
     )
 
 
-def report(console: Console, results: dict[str, Result]) -> None:
-    """Prints the table, no wider than 80 columns, and what its words mean."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    table.add_column("targets")
-    headings = ("accuracy", "confidence", "ECE", "loss,\nnats", "by optax,\nnats", "loss,\nbits")
-    for heading in (*headings, "perplexity"):
-        table.add_column(heading, justify="right")
-    for name, result in results.items():
-        table.add_row(
-            name,
-            f"{result.accuracy:.1%}",
-            f"{result.confidence:.1%}",
-            f"{result.calibration_error:.1%}",
-            f"{result.loss:.6f}",
-            f"{result.optax_loss:.6f}",
-            f"{result.loss / math.log(2):.4f}",
-            f"{float(xentjax.perplexity(result.loss)):.4f}",
-        )
-    console.print(table)
+def report(results: dict[str, Result]) -> list[str]:
+    """Returns the table, and what its words mean, as lines."""
     difference = max(result.optax_difference() for result in results.values())
-    print(
-        "confidence   mean probability of the predicted class\n"
-        f"ECE          expected calibration error: |accuracy − confidence| over {NUM_BINS} bins\n"
-        "loss         mean surprisal of the true labels, whatever the network learnt from\n"
-        f"by optax     from the same logits; the relative difference is at most {difference:.1e}"
-    )
-    print(
-        f"\nMost accurate: {max(results, key=lambda name: results[name].accuracy)}."
+    words = [
+        ("confidence", "mean probability of the predicted class"),
+        ("ECE", f"expected calibration error: |accuracy − confidence| over {NUM_BINS} bins"),
+        ("loss", "mean surprisal of the true labels, whatever the network learnt from"),
+        ("by optax", f"from the same logits; the relative difference is at most {difference:.1e}"),
+    ]
+    best = (
+        f"Most accurate: {max(results, key=lambda name: results[name].accuracy)}."
         f" Lowest loss: {min(results, key=lambda name: results[name].loss)}."
         f" Best calibrated: {min(results, key=lambda name: results[name].calibration_error)}."
     )
+    return [
+        "",
+        *table(columns(results)),
+        "",
+        *definitions(words),
+        "",
+        *paragraph(best),
+    ]
+
+
+def columns(results: dict[str, Result]) -> list[list[str]]:
+    """Returns the table, column by column: the heading, then a cell for each kind of targets."""
+    found = {
+        "accuracy": lambda x: f"{x.accuracy:.1%}",
+        "confidence": lambda x: f"{x.confidence:.1%}",
+        "ECE": lambda x: f"{x.calibration_error:.1%}",
+        "loss,\nnats": lambda x: f"{x.loss:.6f}",
+        "by optax,\nnats": lambda x: f"{x.optax_loss:.6f}",
+        "loss,\nbits": lambda x: f"{x.loss / math.log(2):.4f}",
+        "perplexity": lambda x: f"{float(xentjax.perplexity(x.loss)):.4f}",
+    }
+    cells = [[heading, *map(cell, results.values())] for heading, cell in found.items()]
+    return [["targets", *results], *cells]
 
 
 def picture(courses: dict[str, list[Epoch]], results: dict[str, Result]) -> Figure:
@@ -294,7 +301,7 @@ def picture(courses: dict[str, list[Epoch]], results: dict[str, Result]) -> Figu
 
 
 def draw_losses(ax: Axes, courses: dict[str, list[Epoch]]) -> None:
-    """Draws the loss on the test set, and on the targets that are learnt from."""
+    """Draws the loss on the test set, and on the targets of the training."""
     for (name, course), colour in zip(courses.items(), COLOURS, strict=True):
         epochs = range(1, len(course) + 1)
         losses = [epoch.loss for epoch in course]

@@ -5,18 +5,17 @@ Plain text, and no package beyond those of the library.
 
 import argparse
 import dataclasses
-import unicodedata
-from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 import xentjax
+from xentjax._commands.text import definitions, paragraph, table
 
-_LARGEST = 1e38  # Any two such logits have a difference that float32 holds.
-_FEW = 4  # At most so many terms of a sum are written out,
-_MANY = 12  # and so many names listed.
+MAX_LOGIT = 1e38  # Any two such logits have a difference that float32 holds.
+MAX_TERMS = 4  # A sum of more terms is not written out.
+MAX_NAMES = 12  # More names are not listed in an error.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,20 +23,28 @@ class Question:
     """A prediction and its truth, as given.
 
     Attributes:
-      logits: float64[V], finite or −inf; log p where probabilities are given.
-      is_logits: Whether logits are given.
+      numbers: float64[V], as given.
+      kind: "logits", "probabilities", or "weights" to be divided by their sum.
       classes: V names.
       label: The class that is true.
       smoothing: The share of the truth that is spread over all classes.
       bits: Whether to count in bits.
     """
 
-    logits: np.ndarray
-    is_logits: bool
+    numbers: np.ndarray
+    kind: str
     classes: list[str]
     label: int
     smoothing: float
     bits: bool
+
+    @property
+    def logits(self) -> np.ndarray:
+        """float64[V], finite or −inf; log p where probabilities are given."""
+        if self.kind == "logits":
+            return self.numbers
+        with np.errstate(divide="ignore"):  # log 0 = −inf: that class has probability 0.
+            return np.log(self.numbers)
 
     @property
     def base(self) -> int | None:
@@ -52,7 +59,7 @@ class Question:
 
 @dataclasses.dataclass(frozen=True)
 class Chain:
-    """What follows from a question, in its unit; the arrays are float[V]."""
+    """The numbers that follow from a question, in its unit; the arrays are float[V]."""
 
     probabilities: np.ndarray
     surprisals: np.ndarray
@@ -67,7 +74,7 @@ class Chain:
 def run(arguments: argparse.Namespace) -> int:
     """Prints the chain for the prediction in `arguments`; returns the exit code."""
     question = _read(arguments)
-    print("\n".join(_lines(question, follow(question))))
+    print("\n".join(answer(question, follow(question))))
     return 0
 
 
@@ -102,12 +109,16 @@ def _read(arguments: argparse.Namespace) -> Question:
     """Returns the question that the arguments ask; raises ArgumentError."""
     numbers = _read_numbers(arguments.numbers)
     classes = _read_classes(arguments.classes, len(numbers))
-    (_check_logits if arguments.logits else _check_probabilities)(numbers, arguments.numbers)
-    with np.errstate(divide="ignore"):  # log 0 = −inf: that class has probability 0.
-        logits = numbers if arguments.logits else np.log(numbers)
+    kind = arguments.kind
+    checks = {
+        "logits": _check_logits,
+        "probabilities": _check_probabilities,
+        "weights": _check_weights,
+    }
+    checks[kind](numbers, arguments.numbers)
     return Question(
-        logits=logits,
-        is_logits=arguments.logits,
+        numbers=numbers,
+        kind=kind,
         classes=classes,
         label=_read_label(arguments.label, classes),
         smoothing=arguments.smoothing,
@@ -115,46 +126,52 @@ def _read(arguments: argparse.Namespace) -> Question:
     )
 
 
-def _read_numbers(text: str) -> np.ndarray:
+def _read_numbers(given: str) -> np.ndarray:
     try:
-        return np.array([float(word) for word in text.split(",")])
+        return np.array([float(word) for word in given.split(",")])
     except ValueError:
-        raise _error("NUMBERS", "numbers with commas between them", text) from None
+        raise _error("NUMBERS", "numbers with commas between them", given) from None
 
 
-def _check_logits(logits: np.ndarray, text: str) -> None:
+def _check_logits(logits: np.ndarray, given: str) -> None:
     masked = np.isneginf(logits)
-    if not np.all(masked | (np.abs(logits) <= _LARGEST)):
-        raise _error("NUMBERS", f"logits from −{_LARGEST:g} to {_LARGEST:g}, or −inf", text)
+    if not np.all(masked | (np.abs(logits) <= MAX_LOGIT)):
+        raise _error("NUMBERS", f"logits from −{MAX_LOGIT:g} to {MAX_LOGIT:g}, or −inf", given)
     if masked.all():
-        raise _error("NUMBERS", "at least one logit above −inf", text)
+        raise _error("NUMBERS", "at least one logit above −inf", given)
 
 
-def _check_probabilities(p: np.ndarray, text: str) -> None:
-    expected = "probabilities of at least 0 that sum to 1 (for logits, add --logits)"
+def _check_probabilities(p: np.ndarray, given: str) -> None:
+    expected = "probabilities of at least 0 that sum to 1"
     if not np.all(p >= 0):
-        raise _error("NUMBERS", expected, text)
+        raise _error("NUMBERS", f"{expected} (for logits, add --logits)", given)
     if not round(abs(p.sum() - 1), 9) <= 1e-6:  # Rounded: 1 − 0.999999 is a little over 1e-6.
-        raise _error("NUMBERS", expected, f"{text}, which sum to {p.sum():.8g}")
+        hints = "(to divide them by their sum, add --normalize; for logits, add --logits)"
+        raise _error("NUMBERS", f"{expected} {hints}", f"{given}, which sum to {p.sum():.8g}")
 
 
-def _read_classes(text: str | None, count: int) -> list[str]:
-    if text is None:
+def _check_weights(weights: np.ndarray, given: str) -> None:
+    if not (np.all(weights >= 0) and 0 < weights.sum() < np.inf):
+        raise _error("NUMBERS", "numbers of at least 0 with a sum above 0, to normalize", given)
+
+
+def _read_classes(given: str | None, count: int) -> list[str]:
+    if given is None:
         return [str(v) for v in range(count)]
-    classes = [name.strip() for name in text.split(",")]
+    classes = [name.strip() for name in given.split(",")]
     if len(classes) != count or len(set(classes)) != count or not all(classes):
-        raise _error("--classes", f"{count} different names, one for each of NUMBERS", text)
+        raise _error("--classes", f"{count} different names, one for each of NUMBERS", given)
     return classes
 
 
-def _read_label(text: str, classes: list[str]) -> int:
-    """A name comes first: with --classes 1,2,3 the label 1 is the class at index 0."""
-    label = text.strip()
+def _read_label(given: str, classes: list[str]) -> int:
+    """Returns an index. A name comes first: with --classes 1,2,3 the label 1 has index 0."""
+    label = given.strip()
     if label in classes:
         return classes.index(label)
     if label.isdecimal() and int(label) < len(classes):
         return int(label)
-    names = ", ".join(classes) if len(classes) <= _MANY else f"{classes[0]} … {classes[-1]}"
+    names = ", ".join(classes) if len(classes) <= MAX_NAMES else f"{classes[0]} … {classes[-1]}"
     raise _error("--label", f"a name or an index of the {len(classes)} classes {names}", label)
 
 
@@ -163,43 +180,39 @@ def _error(argument: str, expected: str, given: str) -> argparse.ArgumentError:
     return argparse.ArgumentError(None, message)
 
 
-def _lines(question: Question, chain: Chain) -> list[str]:
-    """Returns the whole answer."""
+def answer(question: Question, chain: Chain) -> list[str]:
+    """Returns the lines of the whole answer."""
     true_class = question.classes[question.label]
     title = f"Classes: {len(question.classes)}. Truth: {true_class}. Unit: {question.unit}."
-    return [title, "", *_table(_columns(question, chain)), "", *_links(question, chain)]
+    return [
+        *paragraph(title),
+        "",
+        *table(_columns(question, chain)),
+        "",
+        *definitions(_links(question, chain)),
+    ]
 
 
 def _columns(question: Question, chain: Chain) -> list[list[str]]:
-    """Returns the table of the classes, column by column: name, symbol, cells."""
+    """Returns the table of the classes, column by column: name and symbol, cells."""
     columns = [
-        ["class", "v", *question.classes],
-        ["probability", "p_v", *map(_text, chain.probabilities)],
-        ["surprisal", "s_v", *map(_text, chain.surprisals)],
-        ["truth", "t_v", *map(_text, chain.truth)],
-        ["gradient", "g_v", *map(_text, chain.gradient)],
+        ["class\nv", *question.classes],
+        ["probability\np_v", *map(_decimals, chain.probabilities)],
+        ["surprisal\ns_v", *map(_decimals, chain.surprisals)],
+        ["truth\nt_v", *map(_decimals, chain.truth)],
+        ["gradient\ng_v", *map(_decimals, chain.gradient)],
     ]
-    if question.is_logits:
-        columns.insert(1, ["logit", "z_v", *map(_text, question.logits)])
+    if question.kind != "probabilities":
+        name = "logit\nz_v" if question.kind == "logits" else "weight\nw_v"
+        columns.insert(1, [name, *map(_decimals, question.numbers)])
     return columns
 
 
-def _table(columns: Sequence[Sequence[str]]) -> list[str]:
-    """Returns the rows, with the first column to the left and the others to the right."""
-    widths = [max(map(_width, column)) for column in columns]
-
-    def row(cells: Sequence[str]) -> str:
-        gaps = [" " * (width - _width(cell)) for cell, width in zip(cells, widths, strict=True)]
-        padded = [cells[0] + gaps[0], *map(str.__add__, gaps[1:], cells[1:])]
-        return "   ".join(padded).rstrip()
-
-    return [row(cells) for cells in zip(*columns, strict=True)]
-
-
-def _links(question: Question, chain: Chain) -> list[str]:
+def _links(question: Question, chain: Chain) -> list[tuple[str, ...]]:
     """Returns the links in words: the name, the formula with its value, and what it means."""
     p, s, t, unit = chain.probabilities, chain.surprisals, chain.truth, question.unit
     truth, loss, error = _formulas(question)
+    z_of = {"probabilities": ", z = log p", "weights": ", z = log w"}
     links = [
         (
             "surprisal",
@@ -208,21 +221,21 @@ def _links(question: Question, chain: Chain) -> list[str]:
         ),
         (
             "entropy",
-            f"H(p) = Σ_v p_v · s_v = {_text(chain.entropy)} {unit}",
+            f"H(p) = Σ_v p_v · s_v = {_decimals(chain.entropy)} {unit}",
             *_written_out(p, s),
             "The mean surprisal that the prediction itself expects.",
         ),
-        ("truth", truth, "What the prediction is held against."),
+        ("truth", truth, "The distribution that the prediction is held against."),
         (
             "cross-entropy",
-            f"H(t, p) = Σ_v t_v · s_v = {_text(chain.cross_entropy)} {unit}",
+            f"H(t, p) = Σ_v t_v · s_v = {_decimals(chain.cross_entropy)} {unit}",
             *_written_out(t, s),
             "The mean surprisal that the prediction meets where t is the truth.",
         ),
         (
             "loss",
-            f"{loss} = {_text(chain.loss)} {unit}",
-            f"lse(z) = log Σ_v exp(z_v){'' if question.is_logits else ', z = log p'}",
+            f"{loss} = {_decimals(chain.loss)} {unit}",
+            "lse(z) = log Σ_v exp(z_v)" + z_of.get(question.kind, ""),
             "The same number from the logits, as training computes it."
             if np.isfinite(chain.loss)
             else "The prediction says 0 where the truth does not, and nothing costs more.",
@@ -238,10 +251,14 @@ def _links(question: Question, chain: Chain) -> list[str]:
             "A step against it moves p towards t, fastest where they differ most.",
         ),
     ]
-    if question.is_logits:
+    if question.kind == "logits":
         formula = "p_v = exp(z_v) / Σ_u exp(z_u)"
         links.insert(0, ("softmax", formula, "The logits as probabilities."))
-    return _paragraphs(links)
+    elif question.kind == "weights":
+        total = _decimals(question.numbers.sum())
+        formula = f"p_v = w_v / Σ_u w_u, Σ_u w_u = {total}"
+        links.insert(0, ("normalize", formula, "The weights as probabilities."))
+    return links
 
 
 def _formulas(question: Question) -> tuple[str, str, str]:
@@ -258,15 +275,6 @@ def _formulas(question: Question) -> tuple[str, str, str]:
     return truth, loss, error
 
 
-def _paragraphs(links: Sequence[tuple[str, ...]]) -> list[str]:
-    """Returns (name, text, text, ...) as lines with the name before the first text."""
-    lines = []
-    for name, *texts in links:
-        starts = [name, *[""] * (len(texts) - 1)]
-        lines += [f"{start:<16}{text}" for start, text in zip(starts, texts, strict=True)]
-    return lines
-
-
 def _perplexity_text(chain: Chain) -> str:
     """Returns five digits: exp makes the absolute error of the loss a relative one."""
     if np.isfinite(chain.loss) and not np.isfinite(chain.perplexity):
@@ -275,18 +283,13 @@ def _perplexity_text(chain: Chain) -> str:
 
 
 def _written_out(shares: np.ndarray, values: np.ndarray) -> list[str]:
-    """Returns [a·b + …] of the shares that are not 0; nothing where they are too many to read."""
-    terms = [f"{_text(a)}·{_text(b)}" for a, b in zip(shares, values, strict=True) if a > 0]
-    return ["= " + " + ".join(terms)] if len(terms) <= _FEW else []
+    """Returns [a·b + …] for the shares that are not 0; [] where they are too many to read."""
+    terms = [f"{_decimals(a)}·{_decimals(b)}" for a, b in zip(shares, values, strict=True) if a > 0]
+    return ["= " + " + ".join(terms)] if len(terms) <= MAX_TERMS else []
 
 
-def _text(x: float) -> str:
+def _decimals(x: float) -> str:
     """Returns x with four decimals, or four digits where those would not show it."""
     if x == 0 or not np.isfinite(x) or 1e-3 <= abs(x) < 1e5:
         return f"{x + 0.0:.4f}"  # + 0.0 takes the sign from −0.
     return f"{x:.3e}"
-
-
-def _width(text: str) -> int:
-    """Returns the columns of a terminal that `text` takes: 2 for wide signs, as 🐼."""
-    return sum(1 + (unicodedata.east_asian_width(sign) in "WF") for sign in text)

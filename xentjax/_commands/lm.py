@@ -27,13 +27,10 @@ from jaxtyping import Array, Float, Int
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-from rich import box
-from rich.console import Console
-from rich.progress import Progress
-from rich.table import Table
 
 import xentjax
-from xentjax._commands.common import COLOURS, fail, tidy
+from xentjax._commands.common import COLOURS, check_writable, fail, progress_bar, tidy
+from xentjax._commands.text import definitions, paragraph, table
 
 CONTEXT = 8  # Words that are read to predict the next.
 FEATURES = 128
@@ -78,19 +75,20 @@ class Model(NamedTuple):
 
 
 Head = Callable[[jax.Array, Model, jax.Array], xentjax.WeightedSum]
-Show = Callable[[float, int], None]
+Show = Callable[..., None]
+"""Takes how many steps are done, and the perplexity after them where it was tested."""
 
 
 @dataclasses.dataclass
 class Course:
-    """How the training with one head goes.
+    """The training with one head, as far as it has come.
 
     Attributes:
       step: (model, optimizer's state, text, key) -> the next (model, state), compiled.
       state: (model, optimizer's state).
       test: (model, windows) -> a WeightedSum, compiled for each shape.
       temporaries: Bytes that a step needs beside its arguments and results.
-      seconds: Of each step.
+      seconds: The time of each step.
       losses: On the test set by the steps done before it, in nats.
     """
 
@@ -135,27 +133,28 @@ def block_by_block(
 
 def run(arguments: argparse.Namespace) -> int:
     """Trains, tests, prints the table and saves the picture; returns the exit code."""
-    console = Console()
+    check_writable("--output", arguments.output)
     start = time.perf_counter()
     folder = Path(sysconfig.get_path("stdlib"))
     corpus = read(folder, arguments.vocabulary)
     if min(len(corpus.train), len(corpus.test)) <= CONTEXT:
         return fail(f"{folder}: expected the sources of the standard library, got too few words")
-    introduce(console, corpus, arguments)
+    print("\n".join(introduction(corpus, arguments)))
     heads: dict[str, Head] = {
         "full logits (optax)": full_logits,
         "block by block (xentjax)": functools.partial(
             block_by_block, memory_budget=arguments.budget * 2**20
         ),
     }
-    with Progress(console=console) as progress:
+    with progress_bar() as progress:
         bar = progress.add_task("compiling", total=arguments.steps)
 
-        def show(perplexity, done):
-            progress.update(bar, description=f"perplexity {perplexity:.1f}", completed=done)
+        def show(done, perplexity=None):
+            description = None if perplexity is None else f"perplexity {perplexity:.1f}"
+            progress.update(bar, description=description, completed=done)
 
         courses = learn(heads, corpus, arguments, show)
-    report(console, courses, arguments.batch * len(corpus.counts))
+    print("\n".join(report(courses, arguments.batch * len(corpus.counts))))
     try:
         picture(courses, len(corpus.counts)).savefig(arguments.output, dpi=150)
     except OSError as error:
@@ -185,14 +184,13 @@ def read(folder: Path, vocabulary: int) -> Corpus:
     return Corpus(*sides, counts=np.bincount(sides[0], minlength=len(index)))
 
 
-def introduce(console: Console, corpus: Corpus, arguments: argparse.Namespace) -> None:
-    """Prints what is learnt from what."""
-    console.print(
+def introduction(corpus: Corpus, arguments: argparse.Namespace) -> list[str]:
+    """Returns lines on the text and the task."""
+    return paragraph(
         f"Python's standard library: {len(corpus.train):,} words to learn from and "
         f"{len(corpus.test):,} to test on, in a vocabulary of {len(corpus.counts):,} "
-        f"(not in it: {np.mean(corpus.test == 0):.1%} of the test).\n"
-        f"The last {CONTEXT} words tell the next, {arguments.batch:,} times a step.",
-        highlight=False,
+        f"(not in it: {np.mean(corpus.test == 0):.1%} of the test). "
+        f"The last {CONTEXT} words tell the next, {arguments.batch:,} times a step."
     )
 
 
@@ -221,7 +219,7 @@ def loss_of(head: Head, model: Model, windows: Int[Array, "N C+1"]) -> xentjax.W
 
 
 def make_step(head: Head, optimizer: optax.GradientTransformation, batch: int) -> Callable:
-    """Returns what learns from `batch` windows of the text, chosen by the key."""
+    """Returns the step that learns from `batch` windows of the text, chosen by the key."""
 
     def step(model, state, text, key):
         first = jax.random.randint(key, (batch, 1), 0, len(text) - CONTEXT)
@@ -250,7 +248,7 @@ def begin(head: Head, corpus: Corpus, arguments: argparse.Namespace, key: jax.Ar
 def learn(
     heads: dict[str, Head], corpus: Corpus, arguments: argparse.Namespace, show: Show
 ) -> dict[str, Course]:
-    """Trains with every head on the same batches, taking turns; tells `show` the perplexity."""
+    """Trains with every head on the same batches, taking turns; calls `show` after each step."""
     init_key, order_key = jax.random.split(jax.random.key(arguments.seed))
     courses = {name: begin(head, corpus, arguments, init_key) for name, head in heads.items()}
     text = jnp.asarray(corpus.train)
@@ -263,6 +261,7 @@ def learn(
             start = time.perf_counter()
             course.state = jax.block_until_ready(course.step(*course.state, text, key))
             course.seconds.append(time.perf_counter() - start)
+        show(i + 1)
     test(courses, corpus, arguments.batch, arguments.steps, show)
     return courses
 
@@ -277,7 +276,7 @@ def test(courses: dict[str, Course], corpus: Corpus, batch: int, steps: int, sho
         for start in range(0, count, batch):
             loss += course.test(course.state[0], windows[start : start + batch])
         course.losses[steps] = float(loss.mean())
-        show(math.exp(course.losses[steps]), steps)
+        show(steps, math.exp(course.losses[steps]))
 
 
 def largest_difference(courses: dict[str, Course]) -> tuple[float, int]:
@@ -288,26 +287,43 @@ def largest_difference(courses: dict[str, Course]) -> tuple[float, int]:
     return float(differences.max()), steps[int(differences.argmax())]
 
 
-def report(console: Console, courses: dict[str, Course], num_logits: int) -> None:
-    """Prints the table, no wider than 80 columns, and what its words mean."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    table.add_column("loss")
-    for heading in ("time per\nstep, ms", "temporaries,\nMiB", "perplexity\nbefore", "after"):
-        table.add_column(heading, justify="right")
-    for name, course in courses.items():
-        before, *_, after = course.perplexities()
-        sizes = f"{1000 * course.median():.0f}", f"{course.temporaries / 2**20:.1f}"
-        table.add_row(name, *sizes, f"{before:.3f}", f"{after:.3f}")
-    console.print(table)
+def report(courses: dict[str, Course], num_logits: int) -> list[str]:
+    """Returns the table, and what its words mean, as lines."""
     difference, step = largest_difference(courses)
-    print(
-        "time per step   median of all steps, one with each loss in turn\n"
-        "temporaries     what a compiled step needs beside the model, Adam's state and the text;\n"
-        f"                the logits alone are {4 * num_logits / 2**20:.1f} MiB\n"
-        "perplexity      exp of the mean surprisal of the next word, on the test set; before,\n"
-        "                only the frequency of each word is known\n"
-        f"\nThe perplexities differ by at most {difference:.1e} of themselves, after {step} steps."
-    )
+    logits = f"the logits alone are {4 * num_logits / 2**20:.1f} MiB"
+    words = [
+        ("time per step", "median of all steps, one with each loss in turn"),
+        (
+            "temporaries",
+            f"memory of a compiled step beside the model, Adam's state and the text; {logits}",
+        ),
+        (
+            "perplexity",
+            "exp of the mean surprisal of the next word, on the test set; before, only the "
+            "frequency of each word is known",
+        ),
+    ]
+    end = f"The perplexities differ by at most {difference:.1e} of themselves, after {step} steps."
+    return [
+        "",
+        *table(columns(courses)),
+        "",
+        *definitions(words),
+        "",
+        *paragraph(end),
+    ]
+
+
+def columns(courses: dict[str, Course]) -> list[list[str]]:
+    """Returns the table, column by column: the heading, then a cell for each loss."""
+    found = {
+        "time per\nstep, ms": lambda x: f"{1000 * x.median():.0f}",
+        "temporaries,\nMiB": lambda x: f"{x.temporaries / 2**20:.1f}",
+        "perplexity\nbefore": lambda x: f"{x.perplexities()[0]:.3f}",
+        "after": lambda x: f"{x.perplexities()[-1]:.3f}",
+    }
+    cells = [[heading, *map(cell, courses.values())] for heading, cell in found.items()]
+    return [["loss", *courses], *cells]
 
 
 def picture(courses: dict[str, Course], num_classes: int) -> Figure:

@@ -1,4 +1,4 @@
-"""`python -m xentjax bench`: what each loss takes, beside what others take for the same.
+"""`python -m xentjax bench`: time and memory of each loss, beside other libraries' for the same.
 
 Everyone gets the same arrays and takes turns. The answers are compared too: how fast a wrong one is
 made is of no interest.
@@ -21,31 +21,34 @@ from typing import Any
 
 import jax
 import numpy as np
-from rich.console import Console
-from rich.progress import Progress
 
 import xentjax
 from xentjax._commands.bench import cases, report, speed_map, timing
 from xentjax._commands.bench.cases import Case, Plan
 from xentjax._commands.bench.contenders import CONTENDERS
 from xentjax._commands.bench.timing import REFERENCE, TOLERANCE, Measurement, Outcome
-from xentjax._commands.common import fail
+from xentjax._commands.common import check_writable, fail, progress_bar
+from xentjax._commands.text import paragraph
 
 PACKAGES = ("jax", "jaxlib", "numpy", "optax", "torch", "tokamax")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Measures, prints the tables, saves record and picture; returns the exit code."""
-    console = Console()
     start = time.perf_counter()
     plan = cases.PLANS[arguments.plan]
     if arguments.rounds is not None:
         plan = dataclasses.replace(plan, rounds=arguments.rounds)
     chosen, with_imports = choose(arguments.cases, plan)
+    has_picture = any(case.size == "scaling" for case in chosen)
+    if arguments.json is not None:
+        check_writable("--json", arguments.json)
+    if has_picture:
+        check_writable("--output", arguments.output)
     record = setting(plan, arguments.plan)
-    console.print(summary(record), highlight=False)
+    print("\n".join(summary(record)))
     measurements = []
-    with Progress(console=console) as progress:
+    with progress_bar() as progress:
         bar = progress.add_task("", total=len(chosen) + with_imports)
         for case in chosen:
             progress.update(bar, description=f"{case.loss} {case.size} {case.output}")
@@ -60,24 +63,23 @@ def run(arguments: argparse.Namespace) -> int:
     record["cases"] = [as_json(measurement) for measurement in measurements]
     if arguments.plan == "map":
         record["map"] = speed_map.summary(measurements)
-        speed_map.tables(console, measurements)
+        lines = speed_map.tables(measurements)
     else:
-        report.tables(console, measurements)
-        console.print("\n".join(remarks(measurements, record)), highlight=False)
-    console.print("\n".join(wrong_answers(measurements)), highlight=False)
-    try:
-        if arguments.json is not None:
+        lines = itertools.chain(report.tables(measurements), remarks(measurements, record))
+    print("\n".join([*lines, *wrong_answers(measurements), ""]))
+    if arguments.json is not None:
+        try:
             arguments.json.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
-            print(f"Record: {arguments.json}")
-    except OSError as error:
-        return fail(f"argument --json: {error}")
-    try:
-        if any(case.size == "scaling" for case in chosen):
+        except OSError as error:
+            return fail(f"argument --json: {error}")
+        print(f"Record: {arguments.json}")
+    if has_picture:
+        try:
             picture = report.picture(measurements, plan, place(record))
             picture.savefig(arguments.output, dpi=150)
-            print(f"Picture: {arguments.output}")
-    except OSError as error:
-        return fail(f"argument --output: {error}")
+        except OSError as error:
+            return fail(f"argument --output: {error}")
+        print(f"Picture: {arguments.output}")
     print(f"({time.perf_counter() - start:.0f} s in all)")
     return check(measurements)
 
@@ -99,7 +101,7 @@ def choose(given: Collection[str], plan: Plan) -> tuple[list[Case], bool]:
 
 
 def setting(plan: Plan, name: str) -> dict[str, Any]:
-    """Returns what the numbers depend on: machine, versions, and how they are taken."""
+    """Returns the machine, the versions and the plan, on which the numbers depend."""
     device = jax.devices()[0]
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -153,21 +155,21 @@ def memory_bytes() -> int | None:
         return None
 
 
-def summary(record: dict[str, Any]) -> str:
-    """Returns machine and versions, as one reads them."""
+def summary(record: dict[str, Any]) -> list[str]:
+    """Returns machine and versions as lines to read."""
     machine, device, versions = record["machine"], record["device"], record["versions"]
     memory = machine["memory_bytes"]
     names = [f"{name} {number}" for name, number in versions.items() if number is not None]
-    return (
+    hardware = (
         f"{machine['cpu']}, {machine['cores']} cores"
         + ("" if memory is None else f", {memory / 2**30:.0f} GiB")
-        + f"; JAX on {device['platform']}: {device['count']} × {device['kind']}\n"
-        + f"{', '.join(names)}\n{record['date']}"
+        + f"; JAX on {device['platform']}: {device['count']} × {device['kind']}"
     )
+    return [*paragraph(hardware), *paragraph(", ".join(names)), record["date"]]
 
 
 def place(record: dict[str, Any]) -> str:
-    """Returns the device and what runs on it, for a title."""
+    """Returns the device and the version of JAX, for a title."""
     device = record["device"]
     name = record["machine"]["cpu"] if device["platform"] == "cpu" else device["kind"]
     return f"{name}, jax {record['versions']['jax']}"
@@ -194,7 +196,7 @@ def as_json(measurement: Measurement) -> dict[str, Any]:
 
 
 def outcome_as_json(outcome: Outcome) -> dict[str, Any]:
-    """Returns an outcome with its statistics; what was not measured is null."""
+    """Returns an outcome with its statistics; a quantity that was not measured is null."""
     fields = dataclasses.asdict(outcome)
     samples = fields.pop("seconds")
     names = "lower_quartile", "median", "upper_quartile"
@@ -206,12 +208,12 @@ def outcome_as_json(outcome: Outcome) -> dict[str, Any]:
 
 
 def number(value: Any) -> Any:
-    """Returns a value that JSON has: what is not finite as text."""
+    """Returns a value that JSON has: a number that is not finite as text."""
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def remarks(measurements: Sequence[Measurement], record: dict[str, Any]) -> Iterator[str]:
-    """Yields what the tables do not say."""
+    """Yields lines: the time of imports, and the cases in which xentjax takes longer."""
     if "import_seconds" in record:
         alone, both = (np.median(samples) for samples in record["import_seconds"].values())
         yield f"\nimport jax: {alone:.2f} s; import jax, xentjax: {both:.2f} s"
@@ -223,7 +225,7 @@ def remarks(measurements: Sequence[Measurement], record: dict[str, Any]) -> Iter
 
 
 def wrong_answers(measurements: Sequence[Measurement]) -> Iterator[str]:
-    """Yields who does not answer what the reference does."""
+    """Yields a line for each answer that differs from the reference's."""
     for m in measurements:
         for name, outcome in m.outcomes.items():
             if outcome.is_wrong(m.case.dtype):
@@ -239,9 +241,9 @@ def wrong(name: str, outcome: Outcome) -> str:
 
 
 def check(measurements: Sequence[Measurement]) -> int:
-    """Returns the exit code: a failure where xentjax does not answer what the reference does.
+    """Returns the exit code: a failure where xentjax's answer differs from the reference's.
 
-    What another library answers is shown, and is its own affair.
+    A difference of another library is shown, and is its own affair.
     """
     for m in measurements:
         if m.outcomes["xentjax"].is_wrong(m.case.dtype):

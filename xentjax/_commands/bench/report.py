@@ -1,58 +1,54 @@
 """How `python -m xentjax bench` shows what it measured: tables, and a picture."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from rich import box
-from rich.console import Console
-from rich.table import Table
 
 from xentjax._commands.bench.cases import IN_PICTURE, Plan, Size
 from xentjax._commands.bench.contenders import CONTENDERS
 from xentjax._commands.bench.timing import OUT_OF_MEMORY, Measurement, Outcome
 from xentjax._commands.common import COLOURS, tidy
+from xentjax._commands.text import definitions, paragraph, table
 
-LEGEND = """\
-∇         with the gradient; else the mean loss alone
-eager     one call that is not compiled
-ours, ms  median of the samples; ±: half of the distance between their quartiles
-÷ ours    how many times as long another takes: above 1, xentjax is faster
-ours ÷    how many times as long as a copy of the logits, or as a head's matmuls
-temp. %   temporaries beside arguments and results, in % of the logits
-compile   what optax takes to trace and compile from nothing ÷ what ours takes"""
+LEGEND = (
+    ("∇", "with the gradient; else the mean loss alone"),
+    ("eager", "one call that is not compiled"),
+    ("ours, ms", "median of the samples; ±: half of the distance between their quartiles"),
+    ("÷ ours", "how many times as long another takes: above 1, xentjax is faster"),
+    ("ours ÷", "how many times as long as a copy of the logits, or as a head's matmuls"),
+    ("temp. %", "temporaries beside arguments and results, in % of the logits"),
+    ("compile", "what optax takes to trace and compile from nothing ÷ what ours takes"),
+)
 
 
-def tables(console: Console, measurements: Sequence[Measurement]) -> None:
-    """Prints a table for each size and dtype, of 75 to 90 columns, and their legend."""
+def tables(measurements: Sequence[Measurement]) -> Iterator[str]:
+    """Yields the lines of a table for each size and dtype, and of their legend."""
     groups: dict[tuple, list[Measurement]] = {}
     for m in measurements:
         if m.case.size != "scaling":
             key = (m.case.loss == "head", m.case.size, m.case.dtype)
             groups.setdefault(key, []).append(m)
     for group in groups.values():
-        console.print(_title(group), style="bold", highlight=False)
-        console.print(_table(group))
+        yield from ("", *paragraph(_title(group)), *table(_columns(group)))
     if groups:
-        console.print(LEGEND, highlight=False)
+        yield from ("", *definitions(LEGEND))
 
 
-def _table(group: list[Measurement]) -> Table:
-    """Returns the table of cases that differ in the loss and in the output alone."""
+def _columns(group: list[Measurement]) -> list[list[str]]:
+    """Returns the table of cases that differ in the loss and in the output alone, by column."""
     case = group[0].case
     limit = "matmuls" if case.loss == "head" else "copy"
     others = [name for name in group[0].outcomes if name in CONTENDERS[case.loss]][1:]
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=0)
-    table.add_column("")
-    headings = ["ours,\nms", "±", *(f"{name}\n÷ ours" for name in others)]
+    headings = ["", "ours,\nms", "±"]
+    headings += [name.replace(" ", "\n") + "\n÷ ours" for name in others]
     headings += [f"ours ÷\n{limit}", "temp. %\nours", "temp. %\noptax", "compile\n÷ ours"]
-    for heading in headings:
-        table.add_column(heading, justify="right", no_wrap=True)
+    rows = [headings]
     for m in group:
         ours, optax = m.outcomes["xentjax"], m.outcomes["optax"]
         low, median, high = ours.quartiles() if ours.seconds else (math.nan,) * 3
-        table.add_row(
+        row = [
             m.case.loss + (" ∇" if m.case.output == "gradient" else ""),
             ours.problem or three_digits(1000 * median),
             f"{50 * (high - low) / median:.0f}%" if ours.seconds else "",
@@ -60,12 +56,13 @@ def _table(group: list[Measurement]) -> Table:
             ratio_text(ours.median() / m.outcomes[limit].median()),
             *(_percent(outcome.temporaries, m.case.logits_bytes) for outcome in (ours, optax)),
             ratio_text(optax.compile_median() / ours.compile_median()),
-        )
-    return table
+        ]
+        rows.append(row)
+    return [list(column) for column in zip(*rows, strict=True)]
 
 
 def _title(group: list[Measurement]) -> str:
-    """Returns what the cases of a table have in common, and what their limits take."""
+    """Returns the size and the dtype of a table, and the times of its limits."""
     case = group[0].case
     n, v, features = case.shape
     is_head = case.loss == "head"

@@ -9,24 +9,23 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from rich import box
-from rich.console import Console
-from rich.table import Table
 
 from xentjax._commands.bench.report import describe, ratio_text, three_digits
 from xentjax._commands.bench.timing import Measurement
+from xentjax._commands.text import definitions, table
 
 GOALS = {"value": 0.8, "gradient": 0.95}
 """The least speed that a case should have."""
 
-LEGEND = """\
-ours, ms  median of the samples, of the mean loss (∇: with its gradient)
-speed     what optax takes ÷ what ours takes: above 1, xentjax is faster
-compile   what ours takes to trace and compile from nothing ÷ what optax takes
-x50       logits times 50
-low16     the first 16 columns of the logits at −200
-excluded  dense targets; a tenth of the classes is ruled out: target 0, logit −inf
-unusual   x50, low16 and excluded"""
+LEGEND = (
+    ("ours, ms", "median of the samples, of the mean loss (∇: with its gradient)"),
+    ("speed", "what optax takes ÷ what ours takes: above 1, xentjax is faster"),
+    ("compile", "what ours takes to trace and compile from nothing ÷ what optax takes"),
+    ("x50", "logits times 50"),
+    ("low16", "the first 16 columns of the logits at −200"),
+    ("excluded", "dense targets; a tenth of the classes is ruled out: target 0, logit −inf"),
+    ("unusual", "x50, low16 and excluded"),
+)
 
 
 def speed(m: Measurement) -> float:
@@ -39,51 +38,41 @@ def compile_ratio(m: Measurement) -> float:
     return m.outcomes["xentjax"].compile_median() / m.outcomes["optax"].compile_median()
 
 
-def tables(console: Console, measurements: Sequence[Measurement]) -> None:
-    """Prints the speed of every case, what unusual logits cost, and a summary."""
+def tables(measurements: Sequence[Measurement]) -> Iterator[str]:
+    """Yields lines: the speed of every case, the price of unusual logits, and a summary."""
     groups: dict[tuple, list[Measurement]] = {}
     for m in measurements:
         groups.setdefault((m.case.shape, m.case.dtype), []).append(m)
     for (size, dtype), group in groups.items():
-        title = f"{size.examples} × {size.classes} {dtype}"
-        console.print(title, style="bold", highlight=False)
-        console.print(_table(group))
-    console.print(LEGEND, highlight=False)
+        yield from ("", f"{size.examples} × {size.classes} {dtype}", *table(_columns(group)))
+    yield from ("", *definitions(LEGEND))
     unusual = list(beside_ordinary(measurements))
     if unusual:
-        console.print("\nWhat ours takes ÷ what it takes with ordinary logits", style="bold")
-        console.print(_unusual_table(unusual))
-    console.print("\nGeometric means of the compiled cases, and the worst", style="bold")
-    console.print(_summary_table(summary(measurements)))
-    for line in below_goals(measurements):
-        console.print(line, highlight=False)
+        rows = [(describe(m), ratio_text(ratio)) for m, ratio in unusual]
+        yield from ("", "What ours takes ÷ what it takes with ordinary logits")
+        yield from table(_by_column(("", "÷"), rows))
+    yield from ("", "Geometric means of the compiled cases, and the worst case")
+    yield from table(_summary_columns(summary(measurements)))
+    yield from below_goals(measurements)
 
 
-def _new_table(first: str, *headings: str) -> Table:
-    """Returns a table whose first column may fold, and whose numbers never do."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=0)
-    table.add_column(first)
-    for heading in headings:
-        table.add_column(heading, justify="right", no_wrap=True)
-    return table
+def _by_column(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> list[list[str]]:
+    return [list(column) for column in zip(headings, *rows, strict=True)]
 
 
-def _table(group: Sequence[Measurement]) -> Table:
+def _columns(group: Sequence[Measurement]) -> list[list[str]]:
     """Returns the table of one size and dtype: a row has the value and the gradient."""
-    table = _new_table(
-        "", "ours,\nms", "speed", "com-\npile", "∇ ours,\nms", "∇\nspeed", "∇ com-\npile"
-    )
-    rows: dict[str, dict[str, Measurement]] = {}
+    headings = ["", "ours,\nms", "\nspeed", "com-\npile"]
+    headings += ["∇ ours,\nms", "∇\nspeed", "∇ com-\npile"]
+    found: dict[str, dict[str, Measurement]] = {}
     for m in group:
         logits = "" if m.case.logits == "ordinary" else f" {m.case.logits}"
-        rows.setdefault(m.case.loss + logits, {})[m.case.output] = m
-    for name, outputs in rows.items():
-        cells = []
-        for output in GOALS:
-            m = outputs.get(output)
-            cells += ["", "", ""] if m is None else _cells(m)
-        table.add_row(name, *cells)
-    return table
+        found.setdefault(m.case.loss + logits, {})[m.case.output] = m
+    rows = []
+    for name, outputs in found.items():
+        cells = [_cells(outputs[x]) if x in outputs else ["", "", ""] for x in GOALS]
+        rows.append([name, *cells[0], *cells[1]])
+    return _by_column(headings, rows)
 
 
 def _cells(m: Measurement) -> list[str]:
@@ -99,13 +88,6 @@ def beside_ordinary(measurements: Sequence[Measurement]) -> Iterator[tuple[Measu
         if m.case.logits != "ordinary" and ordinary is not None:
             ours, usual = (x.outcomes["xentjax"].median() for x in (m, ordinary))
             yield m, ours / usual
-
-
-def _unusual_table(unusual: Sequence[tuple[Measurement, float]]) -> Table:
-    table = _new_table("", "÷ ordinary")
-    for m, ratio in unusual:
-        table.add_row(describe(m), ratio_text(ratio))
-    return table
 
 
 def summary(measurements: Sequence[Measurement]) -> dict[str, Any]:
@@ -146,16 +128,15 @@ def side(
     }
 
 
-def _summary_table(found: dict[str, Any]) -> Table:
-    table = _new_table("", "cases", "mean", "worst")
-    table.add_column("in")
+def _summary_columns(found: dict[str, Any]) -> list[list[str]]:
+    rows = []
     for group, sides in found.items():
         for name, numbers in sides.items():
             if numbers is not None:
                 ratios = ratio_text(numbers["geometric_mean"]), ratio_text(numbers["worst"])
-                cells = str(numbers["cases"]), *ratios, numbers["worst_case"]
-                table.add_row(f"{group}, {name}", *cells)
-    return table
+                rows.append((f"{group}, {name}", str(numbers["cases"]), *ratios))
+                rows.append((f"  worst: {numbers['worst_case']}", "", "", ""))
+    return _by_column(("", "cases", "mean", "worst"), rows)
 
 
 def below_goals(measurements: Sequence[Measurement]) -> Iterator[str]:
