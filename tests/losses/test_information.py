@@ -233,6 +233,83 @@ def test_gradient_at_the_impossible():
     np.testing.assert_allclose(to_q, [0, -1 / 0.75], rtol=2e-7)
 
 
+# Small probabilities, whose squares are no float32.
+
+SMALL = np.array([1e-37, 1e-30, 1e-20, 1e-20, 1e-10, 1.0, 0.5], np.float32)
+RATIO = np.array([1.25, 3.0, 0.8, 1e-3, 1.0 + 1e-6, 0.6, 1e-19], np.float32)
+
+
+def slopes_of(name, p, q):
+    """Returns the true first derivatives to (p, q), and the second to (pp, pq, qq), of a term."""
+    log, m = MP.log, p + q
+    if name == "cross_entropy":
+        return (-log(q), -p / q), (0, -1 / q, p / q**2)
+    if name == "kl_divergence":
+        return (log(p / q) + 1, -p / q), (1 / p, -1 / q, p / q**2)
+    first = log(2 * p / m) / 2, log(2 * q / m) / 2
+    return first, (q / (2 * p * m), -1 / (2 * m), p / (2 * q * m))
+
+
+@pytest.mark.parametrize("name", ["cross_entropy", "kl_divergence", "js_divergence"])
+def test_derivatives_at_small_probabilities(name):
+    """The derivative of a quotient a / b divides by b², which underflows here; in a loop too."""
+    p, q = SMALL, SMALL * RATIO
+    if name == "js_divergence":  # Below 1e-36 the smallest of its terms underflow themselves.
+        p, q = p[1:], q[1:]
+    measure = ON_PROBABILITIES[name]
+
+    def total(p, q):
+        return jax.lax.map(lambda x: measure(*x), (p[:, None], q[:, None])).sum()
+
+    first = jax.jit(jax.grad(total, (0, 1)))(p, q)
+    second = jax.jit(jax.hessian(total, (0, 1)))(p, q)
+    sum_of_terms = float(name == "kl_divergence")  # Its derivative to p is log(p / q) + 1.
+    for i in range(len(p)):
+        slopes, curvatures = slopes_of(name, exact(p[i]), exact(q[i]))
+        for got, want in zip(first, slopes, strict=True):
+            assert abs(exact(got[i]) - want) <= 8e-7 * (abs(want) + sum_of_terms), (p[i], got[i])
+        (pp, pq), (_, qq) = second
+        for got, want in zip((pp, pq, qq), map(float, curvatures), strict=True):
+            if abs(want) < 3e38:
+                np.testing.assert_allclose(got[i, i], want, rtol=2e-6, err_msg=f"{p[i]}")
+
+
+def test_js_divergence_of_confident_softmaxes():
+    for dtype in (np.float32, np.float64):
+        with jax.enable_x64(dtype == np.float64):
+            p, q = jax.nn.softmax(np.array([[0.0, 46.0], [0.3, 46.0]], dtype))
+            for mode in (lambda f: f, jax.jit):
+                value, gradients = mode(jax.value_and_grad(xentjax.js_divergence, (0, 1)))(p, q)
+                want = sum(terms_of("js_divergence", p, q))
+                # The large outcomes are equal as floats, so the small ones make the value.
+                np.testing.assert_allclose(float(value), float(want), rtol=4e-6)
+                for i, (x, y) in enumerate(zip(p, q, strict=True)):
+                    truths = gradients_of("js_divergence", x, y)
+                    for g, truth in zip(gradients, truths, strict=True):
+                        np.testing.assert_allclose(float(g[i]), float(truth), rtol=1e-6)
+
+
+@pytest.mark.parametrize("x64", [False, True], ids=["x32", "x64"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_strict_settings(dtype, x64):
+    """The same dtypes whatever the switches, an empty batch among the shapes."""
+    with (
+        jax.enable_x64(x64),
+        jax.numpy_dtype_promotion("strict"),
+        jax.numpy_rank_promotion("raise"),
+    ):
+        for shape in [(2, 3), (0, 3)]:
+            p, q = jnp.full(shape, 0.25, dtype), jnp.full(shape, 0.5, dtype)
+
+            def total(p, q):
+                measured = of_all_measures(p, q, base=2.0)
+                assert {x.dtype for x in measured.values()} == {jnp.dtype(jnp.float32)}
+                return sum(x.sum() for x in measured.values())
+
+            gradients = jax.jit(jax.grad(total, (0, 1)))(p, q)
+            assert {g.dtype for g in gradients} == {jnp.dtype(dtype)}
+
+
 # Laws.
 
 weights = st.lists(

@@ -98,3 +98,122 @@ def test_impossible_classes_of_logits():
     # p_v · ((s_q − s_p)_v − KL), by hand for the first row.
     np.testing.assert_allclose(to_a, [[0.25, -0.25, 0], [0, 0, 0]], atol=1e-6)
     assert np.isfinite(jax.grad(lambda z: xentjax.softmax_entropy(z).sum())(a)).all()
+
+
+# The divergence of logits, relative to its value.
+
+
+def mp_divergence(a, b):
+    """Returns KL and its derivatives to a and b, for one row, at 50 digits."""
+    s, r = mp_surprisals(a), mp_surprisals(b)
+    p, q = ([MP.exp(-x) for x in surprisals] for surprisals in (s, r))
+    divergence = MP.fsum(x * (v - u) for x, u, v in zip(p, s, r, strict=True))
+    to_a = [x * (v - u - divergence) for x, u, v in zip(p, s, r, strict=True)]
+    to_b = [y - x for x, y in zip(p, q, strict=True)]
+    return divergence, to_a, to_b
+
+
+@pytest.mark.parametrize("offset", [0.0, 100.0])
+@pytest.mark.parametrize("difference", [0.0, 1e-6, 1e-4, 1.0, 50.0, 500.0])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_divergence_of_logits_is_exact_relative_to_its_value(dtype, difference, offset):
+    """And so is every entry of its gradient; two surprisals would leave noise of an ulp."""
+    rng = np.random.default_rng(3)
+    with jax.enable_x64(dtype == "float64"):
+        a = rng.normal(0, 4, (6, 20)).astype(dtype)
+        b = (a + offset + difference * rng.normal(size=a.shape)).astype(dtype)
+        grad = jax.vmap(jax.value_and_grad(xentjax.softmax_kl_divergence, (0, 1)))
+        values, gradients = grad(a, b)
+    eps = float(np.finfo(dtype).eps)
+    widest = max(float(np.ptp(x, axis=-1).max()) for x in (a, b))
+    rtol = max(8 * eps, eps * widest)  # Half an ulp of the widest logit, of p and of q.
+    for i in range(len(a)):
+        divergence, *slopes = mp_divergence(a[i], b[i])
+        np.testing.assert_allclose(float(values[i]), float(divergence), rtol=rtol)
+        for got, want in zip(gradients, slopes, strict=True):
+            size = float(max(map(abs, want)))
+            np.testing.assert_allclose(
+                np.asarray(got[i], float), np.array(want, float), rtol=4 * rtol, atol=rtol * size
+            )
+
+
+def test_divergence_of_confident_logits():
+    """A leader of p that is nearly certain hides neither the value nor the gradient of the rest."""
+    a = np.array([[0, -40, -60], [20, 0, 1], [0, -200, -300], [3, 3, -30]], np.float32)
+    b = np.array([[5, -34, -60], [19, 0, 3], [0, 250, -1], [3, 3, -29]], np.float32)
+    grad = jax.vmap(jax.value_and_grad(xentjax.softmax_kl_divergence, (0, 1)))
+    values, (to_a, to_b) = grad(a, b)
+    for i in range(len(a)):
+        divergence, want_a, want_b = mp_divergence(a[i], b[i])
+        np.testing.assert_allclose(values[i], float(divergence), rtol=2e-5)
+        tiny = float(np.finfo(np.float32).tiny)
+        np.testing.assert_allclose(to_a[i], np.array(want_a, float), rtol=2e-5, atol=tiny)
+        np.testing.assert_allclose(to_b[i], np.array(want_b, float), rtol=2e-5, atol=tiny)
+
+
+def masked_divergence(a, b, where):
+    """Returns divergences of the classes that are kept, in float64, row by row."""
+    rows = []
+    for x, y, keep in zip(a, b, where, strict=True):
+        divergence = mp_divergence(x[keep], y[keep])[0] if keep.any() else 0
+        rows.append(float(divergence))
+    return np.array(rows)
+
+
+@pytest.mark.parametrize("junk", [np.nan, np.inf, -np.inf])
+def test_divergence_of_logits_under_masks(junk):
+    rng = np.random.default_rng(5)
+    a, b = rng.normal(size=(2, 4, 5)).astype(np.float32)
+    classes = rng.random(a.shape) < 0.7
+    classes[1] = False  # No class is left: nothing happens, which costs nothing.
+    examples = np.array([True, False, True, False])
+    everything = np.ones_like(classes)
+    for where, keep, want in [
+        (classes, classes, masked_divergence(a, b, classes)),
+        (
+            examples,
+            examples[:, None] & everything,
+            np.where(examples, masked_divergence(a, b, everything), 0),
+        ),
+    ]:
+        bad = [np.where(keep, x, np.float32(junk)) for x in (a, b)]
+
+        def total(a, b, where=where):
+            losses = xentjax.softmax_kl_divergence(a, b, where=where)
+            return losses.sum(), losses
+
+        gradients, losses = jax.jit(jax.grad(total, (0, 1), has_aux=True))(*bad)
+        np.testing.assert_allclose(losses, want, rtol=1e-6)
+        for gradient in gradients:
+            np.testing.assert_array_equal(gradient[~keep], 0)
+            assert np.isfinite(gradient).all()
+
+
+MODES = {
+    "hessian": jax.hessian,
+    "jacrev of jacrev": lambda f, n: jax.jacrev(jax.jacrev(f, n), n),
+    "jacfwd of jacfwd": lambda f, n: jax.jacfwd(jax.jacfwd(f, n), n),
+    "jacrev of jacfwd": lambda f, n: jax.jacrev(jax.jacfwd(f, n), n),
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_second_derivatives_of_logit_divergence_in_a_loop(mode):
+    """Beside those of the probabilities' formula, outside of a loop, with classes impossible."""
+    rng = np.random.default_rng(6)
+    a, b = rng.normal(size=(2, 3, 4))
+    a[:, 1] = -np.inf
+
+    def plain(a, b):
+        s, r = -jax.nn.log_softmax(a), -jax.nn.log_softmax(b)
+        possible = a > -np.inf
+        return jnp.sum(jnp.where(possible, jnp.exp(-s) * (r - jnp.where(possible, s, 0)), 0))
+
+    def looped(a, b):
+        return jax.lax.map(lambda x: xentjax.softmax_kl_divergence(*x), (a, b)).sum()
+
+    with jax.enable_x64(True):
+        got = jax.jit(MODES[mode](looped, (0, 1)))(a, b)
+        want = jax.jit(jax.hessian(plain, (0, 1)))(a, b)
+        got, want = (np.nan_to_num(np.array(x)) for x in (got, want))
+        np.testing.assert_allclose(got, want, rtol=1e-9, atol=1e-12)
