@@ -1,41 +1,79 @@
 """Augmentations that mix examples and their targets alike."""
 
-from typing import Any
+import functools
+import math
+from collections.abc import Sequence
+from typing import TypeVar, overload
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Float, Key, PyTree
+from jaxtyping import Array, ArrayLike, Bool, Key, Shaped
 
 from xentjax._jax import checks
-from xentjax._targets import transforms as _retargeting
+from xentjax._jax import mesh as _mesh
+from xentjax._targets import transforms as _transforms
 from xentjax._targets import types as _targets
+from xentjax._targets.transforms import Sparse
 from xentjax._targets.types import SparseTargets, Targets
 
+Inputs = TypeVar("Inputs")
 
+
+@overload
 def mixup(
     key: Key[Array, ""],
-    inputs: PyTree[Float[Array, "batch ..."]],
+    inputs: Inputs,
+    targets: Sparse,
+    alpha: ArrayLike,
+    *,
+    per_example: bool = False,
+    where: Bool[ArrayLike, "batch ..."] | None = None,
+    axis: int = -1,
+) -> tuple[Inputs, SparseTargets]: ...
+@overload
+def mixup(
+    key: Key[Array, ""],
+    inputs: Inputs,
     targets: Targets,
     alpha: ArrayLike,
     *,
     per_example: bool = False,
-) -> tuple[Any, jax.Array | SparseTargets]:
+    where: Bool[ArrayLike, "batch ..."] | None = None,
+    axis: int = -1,
+) -> tuple[Inputs, Array | SparseTargets]: ...
+def mixup(
+    key: Key[Array, ""],
+    inputs: Inputs,
+    targets: Targets,
+    alpha: ArrayLike,
+    *,
+    per_example: bool = False,
+    where: Bool[ArrayLike, "batch ..."] | None = None,
+    axis: int = -1,
+) -> tuple[Inputs, Array | SparseTargets]:
     """Mixes each example with another one of the batch, inputs and targets alike.
 
     x' = λ · x + (1 − λ) · x[π],   t' = λ · t + (1 − λ) · t[π],   λ ~ Beta(alpha, alpha)
+
+    A share of 0 takes nothing, of NaN and inf too.
 
     Args:
       key: A PRNG key; λ and the permutation π draw from different splits of it.
       inputs: A pytree of arrays float[batch, ...].
       targets: Of the same batch: labels, dense or SparseTargets.
-      alpha: A positive scalar; 0 is no mixing, λ = 1.
+      alpha: A finite number, not negative; 0 is no mixing: λ = 1, and each example is its own π.
       per_example: Whether each example has its own λ, or the batch shares one.
+      where: The mask that the loss gets, bool of the targets' batch. A target that is masked out is
+        mixed with none: where π is one, the example keeps its own. So the mask stays as it is.
+        Inputs of an example are mixed where some target of it is.
+      axis: The class axis of dense targets; labels and SparseTargets have none.
 
     Returns:
       (inputs, targets), mixed: inputs keep their dtypes, targets are as from `mix_targets`.
 
     Raises:
-      TypeError: An input is not floating-point, or targets have a dtype that cannot be one.
+      TypeError: key is no key, an input is not floating-point, alpha is not a number, where is not
+        bool, or targets have a dtype that cannot be one.
       ValueError: Batches differ, there is none, or alpha is negative or not a scalar.
 
     Example:
@@ -45,52 +83,108 @@ def mixup(
       >>> x, t = xentjax.mixup(jax.random.key(0), jnp.eye(4), jnp.arange(4), 0.4)
       >>> print(jnp.allclose(x, xentjax.dense_targets(t, 4)))
       True
+      >>> labels = jnp.array([0, 1, -100, 2])  # No label for the third: it is not mixed.
+      >>> x, t = xentjax.mixup(jax.random.key(0), jnp.eye(4), labels, 0.4, where=labels >= 0)
+      >>> print(x[2], xentjax.softmax_cross_entropy(x, t, where=labels >= 0)[2])
+      [0. 0. 1. 0.] 0.0
 
     Source:
       Zhang et al., mixup: Beyond Empirical Risk Minimization, 2018, section 2.
     """
-    inputs = jax.tree.map(jnp.asarray, inputs)
-    targets = _targets.as_targets(targets)
-    batch = _check_batch("inputs", inputs, targets)
-    lam, order = _draw(key, batch, alpha, per_example)
+    _check_key(key)
+    leaves, structure = jax.tree.flatten(inputs)
+    arrays = [checks.as_array("inputs", x) for x in leaves]
+    for x in arrays:
+        checks.check_floating("inputs", x)
+    targets, last = _transforms.classes_last(_targets.as_targets(targets), axis)
+    _check_batch("inputs", arrays, targets)
+    alpha = _transforms.as_number("alpha", alpha, 0, math.inf)
+    if where is not None:
+        where = _as_mask_of_targets(where, targets)
+    lam, order = _draw(key, alpha, batch=arrays[0].shape[0], per_example=per_example)
+    mixed, targets = _mixup(arrays, targets, lam, order, where)
+    return jax.tree.unflatten(structure, mixed), _transforms.classes_at(targets, last)
+
+
+@functools.partial(jax.jit, inline=True)
+def _mixup(arrays, targets, lam, order, where):
+    targets, is_mixed = _mixed_targets(targets, order, lam, where)
 
     def mix(x):
-        share = _targets.expand_like(lam, x)
-        return (share * x + (1 - share) * x[order]).astype(x.dtype)
+        share = _targets.expand_like(lam, x).astype(_targets.mass_dtype(x))
+        own, other = x.astype(share.dtype), _permuted(x, order).astype(share.dtype)
+        mixed = _part(share, own) + _part(1 - share, other)
+        return (mixed if is_mixed is None else _chosen(is_mixed, mixed, own)).astype(x.dtype)
 
-    mixed = _retargeting.mix_targets(targets, _permuted(targets, order), _of_batch(lam, targets))
-    return jax.tree.map(mix, inputs), mixed
+    return [mix(x) for x in arrays], targets
 
 
+@overload
 def cutmix(
     key: Key[Array, ""],
-    images: Float[Array, "batch height width ..."],
+    images: Shaped[ArrayLike, "batch ..."],
+    targets: Sparse,
+    alpha: ArrayLike,
+    *,
+    per_example: bool = False,
+    where: Bool[ArrayLike, "batch ..."] | None = None,
+    image_axes: Sequence[int] = (1, 2),
+    axis: int = -1,
+) -> tuple[Array, SparseTargets]: ...
+@overload
+def cutmix(
+    key: Key[Array, ""],
+    images: Shaped[ArrayLike, "batch ..."],
     targets: Targets,
     alpha: ArrayLike,
     *,
     per_example: bool = False,
-) -> tuple[jax.Array, jax.Array | SparseTargets]:
+    where: Bool[ArrayLike, "batch ..."] | None = None,
+    image_axes: Sequence[int] = (1, 2),
+    axis: int = -1,
+) -> tuple[Array, Array | SparseTargets]: ...
+def cutmix(
+    key: Key[Array, ""],
+    images: Shaped[ArrayLike, "batch ..."],
+    targets: Targets,
+    alpha: ArrayLike,
+    *,
+    per_example: bool = False,
+    where: Bool[ArrayLike, "batch ..."] | None = None,
+    image_axes: Sequence[int] = (1, 2),
+    axis: int = -1,
+) -> tuple[Array, Array | SparseTargets]:
     """Pastes a box of another image of the batch into each, and mixes targets by area.
 
     x' = M · x + (1 − M) · x[π],   t' = λ · t + (1 − λ) · t[π],   λ = the share of M
 
     The box has sides √(1 − λ₀) of the image's, with λ₀ ~ Beta(alpha, alpha), at a uniform centre.
-    It is cut at the border, and λ is the area that is left.
+    It is cut at the border, and λ is the area that is left. Targets of each pixel, as a label map
+    has them, are pasted by the same box: t' = M · t + (1 − M) · t[π].
 
     Args:
       key: A PRNG key; λ₀, the permutation π and the centre draw from different splits of it.
-      images: float[batch, height, width, ...].
-      targets: Of the same batch: labels, dense or SparseTargets.
-      alpha: A positive scalar; 0 is no mixing, λ = 1.
+      images: An array of any dtype, [batch, ...].
+      targets: Of the same batch, or of [batch, height, width]: labels, dense or SparseTargets.
+      alpha: A finite number, not negative; 0 is no mixing: λ = 1, and each example is its own π.
       per_example: Whether each example has its own box, or the batch shares one.
+      where: The mask that the loss gets, bool of the targets' batch. A target that is masked out is
+        mixed with none: where π is one, the example keeps its own. So the mask stays as it is.
+        An image is mixed where some target of it is. None beside targets of each pixel: paste
+        their mask as `images`, by another call with the same key.
+      image_axes: The axes of height and width in `images`: (1, 2) for [batch, height, width,
+        channels], (2, 3) for [batch, channels, height, width].
+      axis: The class axis of dense targets; labels and SparseTargets have none.
 
     Returns:
-      (images, targets), mixed: images keep their dtype, targets are as from `mix_targets`.
+      (images, targets), mixed: images keep their dtype, targets are as from `mix_targets`, and
+      those of each pixel are as they came: labels as SparseTargets of K = 1.
 
     Raises:
-      TypeError: images are not floating-point, or targets have a dtype that cannot be one.
-      ValueError: Batches differ, images have fewer than three axes, or alpha is negative or not a
-        scalar.
+      TypeError: key is no key, alpha is not a number, image_axes are not ints, where is not bool,
+        or targets have a dtype that cannot be one.
+      ValueError: Batches differ, image_axes are not two axes behind the batch, or alpha is negative
+        or not a scalar.
 
     Example:
       >>> import jax
@@ -104,74 +198,159 @@ def cutmix(
     Source:
       Yun et al., CutMix: Regularization Strategy to Train Strong Classifiers, 2019, section 3.1.
     """
-    images = checks.as_array("images", images)
-    targets = _targets.as_targets(targets)
-    batch = _check_batch("images", images, targets)
+    _check_key(key)
+    images = checks.as_array("images", images, "an array")
+    image_axes = _as_image_axes(image_axes, images)
+    targets, last = _transforms.classes_last(_targets.as_targets(targets), axis)
+    _check_batch("images", [images], targets)
+    batch, pixels = _targets.batch_of(targets), tuple(images.shape[a] for a in (0, *image_axes))
     checks.check(
-        images.ndim >= 3,
-        f"images: expected shape [batch, height, width, ...], got {checks.describe(images)}",
+        len(batch) != 3 or batch == pixels,
+        f"targets: expected a batch of {pixels[:1]}, one for each image, or {pixels}, one for each "
+        f"pixel along image_axes={image_axes}, got {batch}",
     )
+    alpha = _transforms.as_number("alpha", alpha, 0, math.inf)
+    if where is not None:
+        checks.check(
+            len(batch) != 3,
+            "where: expected None beside targets of each pixel, which are pasted as they are, got "
+            "a mask: paste it too, as images under the same key",
+        )
+        where = _as_mask_of_targets(where, targets)
     key, centre_key = jax.random.split(key)
-    lam, order = _draw(key, batch, alpha, per_example)
-    sides = jnp.array(images.shape[1:3])
-    half = jnp.sqrt(1 - lam)[..., None] * sides / 2
-    centre = jax.random.uniform(centre_key, (*lam.shape, 2)) * sides
-    low = jnp.clip(jnp.round(centre - half), 0, sides)
-    high = jnp.clip(jnp.round(centre + half), 0, sides)
-    rows, columns = jnp.arange(images.shape[1])[:, None], jnp.arange(images.shape[2])
-    low, high = low[..., None, None], high[..., None, None]
-    inside = (rows >= low[..., 0, :, :]) & (rows < high[..., 0, :, :])
-    inside &= (columns >= low[..., 1, :, :]) & (columns < high[..., 1, :, :])
-    lam = 1 - inside.mean((-2, -1))
-    box = inside.reshape(*inside.shape[:-2] or (1,), *images.shape[1:3], *(1,) * (images.ndim - 3))
-    mixed = _retargeting.mix_targets(targets, _permuted(targets, order), _of_batch(lam, targets))
-    return jnp.where(box, images[order], images), mixed
+    lam, order = _draw(key, alpha, batch=pixels[0], per_example=per_example)
+    images, targets = _cutmix(centre_key, images, targets, lam, order, where, image_axes=image_axes)
+    return images, _transforms.classes_at(targets, last)
 
 
-def _draw(key, batch, alpha, per_example):
+@functools.partial(jax.jit, static_argnames="image_axes", inline=True)
+def _cutmix(key, images, targets, lam, order, where, image_axes):
+    box, lam = _draw_box(key, lam, *(images.shape[a] for a in image_axes))
+    if len(_targets.batch_of(targets)) == 3:
+        targets = _chosen(box, _permuted(targets, order), targets)
+    else:
+        targets, is_mixed = _mixed_targets(targets, order, lam, where)
+        box = box if is_mixed is None else box & _targets.expand_like(is_mixed, box)
+    shape = [1] * images.ndim
+    shape[0], shape[image_axes[0]], shape[image_axes[1]] = box.shape
+    box = box if image_axes[0] < image_axes[1] else box.swapaxes(1, 2)
+    return _chosen(box.reshape(shape), _permuted(images, order), images), targets
+
+
+@functools.partial(jax.jit, static_argnames=("batch", "per_example"), inline=True)
+def _draw(key, alpha, batch, per_example):
     """Returns λ ~ Beta(alpha, alpha), a scalar or [batch], and a permutation of the batch."""
-    checks.check_interval("alpha", alpha, 0, float("inf"))
-    alpha = jnp.asarray(alpha, jnp.float32)
-    checks.check_shape("alpha", alpha, (), "a scalar")
     lam_key, order_key = jax.random.split(key)
+    alpha, one = jnp.asarray(alpha, jnp.float32), jnp.ones((), jnp.float32)
     shape = (batch,) if per_example else ()
-    lam = jax.random.beta(lam_key, *(jnp.where(alpha > 0, alpha, 1),) * 2, shape)
-    return jnp.where(alpha > 0, lam, 1), jax.random.permutation(order_key, batch)
+    a = jnp.where(alpha > 0, alpha, one)
+    lam = jax.random.beta(lam_key, a, a, shape, jnp.float32)
+    own = jnp.arange(batch, dtype=jnp.int32)
+    # `jax.random.permutation` needs to know the batch, which is a symbol in an exported function.
+    first, second = jax.random.bits(order_key, (2, batch), jnp.uint32)
+    order = jax.lax.sort((first, second, own), num_keys=2)[-1]
+    return jnp.where(alpha > 0, lam, one), jnp.where(alpha > 0, order, own)
 
 
-def _of_batch(lam, targets):
-    """Returns λ as `mix_targets` takes it: a scalar, or of the targets' whole batch shape."""
-    batch = _targets.batch_of(targets)
-    return (
-        lam if lam.ndim == 0 else jnp.broadcast_to(lam.reshape(-1, *(1,) * (len(batch) - 1)), batch)
-    )
+def _draw_box(key, lam, height, width):
+    """Returns the pixels of a box, bool[batch or 1, height, width], and the share outside it."""
+    sides = jnp.array([[height, width]], jnp.float32)
+    half = jnp.sqrt(1 - lam.reshape(-1, 1)) * sides / 2
+    centre = jax.random.uniform(key, half.shape, jnp.float32) * sides
+    low, high = (jnp.clip(jnp.round(x), 0, sides) for x in (centre - half, centre + half))
+
+    def inside(axis, size):
+        pixels = jnp.arange(size, dtype=jnp.float32)[None]
+        return (pixels >= low[:, axis, None]) & (pixels < high[:, axis, None])
+
+    area = height * width  # Whole numbers, so that the share is in [0, 1].
+    pasted = (high - low).prod(-1).reshape(lam.shape)
+    return inside(0, height)[:, :, None] & inside(1, width)[:, None, :], (area - pasted) / area
+
+
+def _mixed_targets(targets, order, lam, where):
+    """Returns targets mixed with those in `order`, and which examples are mixed; None is all."""
+    partners, is_mixed = _permuted(targets, order), None
+    if where is not None:
+        both = where & _permuted(where, order)
+        partners = _chosen(both, partners, targets)
+        is_mixed = both.any(tuple(range(1, both.ndim)))
+    return _transforms.mixed(targets, partners, lam, is_shared=True), is_mixed
 
 
 def _permuted(targets, order):
-    """Returns targets with the examples of their first axis in `order`."""
-    if isinstance(targets, SparseTargets):
-        mass = targets.background_mass
-        mass = None if mass is None else mass[order]
-        return SparseTargets(
-            targets.indices[order], targets.weights[order], mass, targets.background
-        )
-    return targets[order]
+    """Returns targets, or an array, with the examples of the first axis in `order`."""
+
+    def permuted(x):
+        def gather(x, order):
+            return x.at[order].get(mode="promise_in_bounds")
+
+        return _mesh.on_automatic_axes(gather, x, ())(x, order)
+
+    return _targets.map_examples(permuted, targets)
 
 
-def _check_batch(name, inputs, targets):
-    """Returns the size of the first axis, that of every input and of the targets."""
-    leaves = jax.tree.leaves(inputs)
-    checks.check(len(leaves) > 0, f"{name}: expected at least one array, got none")
-    for x in leaves:
-        checks.check_floating(name, x)
-        checks.check(
-            x.ndim > 0 and x.shape[0] == leaves[0].shape[0],
-            f"{name}: expected one batch size on the first axis of every array, got "
-            f"{[leaf.shape for leaf in leaves]}",
-        )
-    batch = _targets.batch_of(targets)
-    checks.check(
-        batch[:1] == leaves[0].shape[:1],
-        f"targets: expected the batch of {name}, {leaves[0].shape[0]}, got shape {batch}",
+def _chosen(choice, a, b):
+    """Returns a where `choice` holds and b elsewhere, but for the background that both share."""
+    return jax.tree.map(
+        lambda x, y: x if x is y else jnp.where(_targets.expand_like(choice, x), x, y), a, b
     )
-    return leaves[0].shape[0]
+
+
+def _part(share, x):
+    """Returns share · x with 0 · inf = 0 · NaN = 0."""
+    return jnp.where(share == 0, jnp.zeros_like(x), share * x)
+
+
+def _check_key(key):
+    """Raises TypeError or ValueError unless `key` is one PRNG key, typed or of uint32."""
+    dtype, shape = getattr(key, "dtype", None), getattr(key, "shape", None)
+    is_typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
+    checks.check(
+        is_typed or (dtype == jnp.uint32 and shape is not None and len(shape) > 0),
+        f"key: expected a PRNG key, as jax.random.key makes it, got {key!r}",
+        TypeError,
+    )
+    checks.check(
+        len(shape or ()) == (0 if is_typed else 1), f"key: expected one PRNG key, got shape {shape}"
+    )
+
+
+def _as_image_axes(image_axes, images):
+    """Returns the axes of height and width as non-negative ints."""
+    is_pair = isinstance(image_axes, Sequence) and len(image_axes) == 2
+    checks.check(
+        is_pair and all(isinstance(a, int) and not isinstance(a, bool) for a in image_axes),
+        f"image_axes: expected two ints, the axes of height and width, got {image_axes!r}",
+        TypeError,
+    )
+    ndim = images.ndim
+    axes = tuple(a % ndim for a in image_axes if -ndim <= a < ndim)
+    checks.check(
+        len(set(axes) - {0}) == 2,
+        f"image_axes: expected two axes of images, not the first, got {tuple(image_axes)} for "
+        f"images {checks.describe(images)}",
+    )
+    return axes
+
+
+def _as_mask_of_targets(where, targets):
+    """Returns `where` as a bool array of the targets' batch."""
+    where, batch = checks.as_array("where", where, "a bool array"), _targets.batch_of(targets)
+    checks.check_bool("where", where)
+    checks.check_shape("where", where, batch, "the batch of targets")
+    return where
+
+
+def _check_batch(name, arrays, targets):
+    """Raises ValueError unless the first axis of all arrays and of the targets is one batch."""
+    checks.check(len(arrays) > 0, f"{name}: expected at least one array, got none")
+    shapes, batch = [x.shape for x in arrays], _targets.batch_of(targets)
+    checks.check(
+        all(shape and shape[0] == arrays[0].shape[0] for shape in shapes),
+        f"{name}: expected one batch size on the first axis of every array, got {shapes}",
+    )
+    checks.check(
+        batch[:1] == arrays[0].shape[:1],
+        f"targets: expected the batch of {name}, {arrays[0].shape[0]}, got shape {batch}",
+    )

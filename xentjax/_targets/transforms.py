@@ -1,25 +1,40 @@
 """Functions from targets to targets: smoothing, mixing, re-weighting, and writing out.
 
-They compose in any order, and none makes an array [..., V] from labels or sparse targets but the
-one that writes them out.
+They compose in any order. Only the one that writes targets out makes an array [..., V] from labels
+or sparse targets.
 """
 
-import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any, overload
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import ArrayLike
+import numpy.typing as npt
+from jaxtyping import Array, ArrayLike
 
 from xentjax._jax import checks
-from xentjax._targets import mass as _masses
+from xentjax._jax import mesh as _mesh
 from xentjax._targets import types as _targets
 from xentjax._targets.types import SparseTargets, Targets
 
+Floats = ArrayLike | Sequence[float]
+Sparse = SparseTargets | int | Sequence[int] | npt.NDArray[np.integer[Any]]
+"""What a type checker can tell from dense targets; it does not see the dtype of a jax array."""
 
+
+@overload
 def smooth_labels(
-    targets: Targets, alpha: ArrayLike, *, background: ArrayLike | None = None
-) -> jax.Array | SparseTargets:
+    targets: Sparse, alpha: ArrayLike, *, background: Floats | None = None, axis: int = -1
+) -> SparseTargets: ...
+@overload
+def smooth_labels(
+    targets: Targets, alpha: ArrayLike, *, background: Floats | None = None, axis: int = -1
+) -> Array | SparseTargets: ...
+def smooth_labels(
+    targets: Targets, alpha: ArrayLike, *, background: Floats | None = None, axis: int = -1
+) -> Array | SparseTargets:
     """Moves a share alpha of the mass to a background distribution over all classes.
 
     t' = (1 − alpha) · t + alpha · background
@@ -31,13 +46,17 @@ def smooth_labels(
       targets: Labels int[...], dense float[..., V], or SparseTargets.
       alpha: The share, a scalar in [0, 1].
       background: A distribution over the classes, float[V]; None is uniform, 1/V.
+      axis: The class axis of dense targets; labels and SparseTargets have none.
 
     Returns:
-      Dense targets for dense targets, SparseTargets otherwise.
+      Dense targets for dense targets, SparseTargets otherwise; float64 where some mass is float64,
+      and float32 elsewhere.
 
     Raises:
-      ValueError: alpha is not a scalar in [0, 1], or background is not float[V].
-      TypeError: Targets or background have a dtype that cannot be one.
+      ValueError: alpha is not a scalar in [0, 1], background is not float[V], or targets have no
+        such axis.
+      TypeError: alpha is not a real number, axis is not an int, or targets or background have a
+        dtype that cannot be one.
 
     Example:
       >>> import jax.numpy as jnp
@@ -50,48 +69,62 @@ def smooth_labels(
     Source:
       Szegedy et al., Rethinking the Inception Architecture, 2016, section 7.
     """
-    targets = _targets.as_targets(targets)
-    checks.check_shape("alpha", jnp.asarray(alpha), (), "a scalar")
-    checks.check_interval("alpha", alpha, 0.0, 1.0)
+    targets, axis = classes_last(_targets.as_targets(targets), axis)
+    alpha = as_number("alpha", alpha, 0, 1)
     if background is not None:
-        background = checks.as_array("background", background)
-        checks.check_floating("background", background)
-        checks.check(
-            background.ndim == 1,
-            f"background: expected shape [V], got {checks.describe(background)}",
-        )
-        checks.check(
-            _classes_of(targets) in (None, background.shape[-1]),
-            f"background: expected {_classes_of(targets)} classes, those of targets, got "
-            f"{checks.describe(background)}",
-        )
-    batch = targets.indices.shape[:-1] if isinstance(targets, SparseTargets) else targets.shape[:-1]
-    spread = SparseTargets(
-        jnp.zeros((*batch, 0), jnp.int32),
-        jnp.zeros((*batch, 0), float),
-        jnp.ones(batch, float),
-        background,
-    )
-    return mix_targets(targets, spread, 1 - jnp.asarray(alpha))
+        background = _as_masses_of_classes("background", background, targets)
+    return classes_at(_smooth(targets, alpha, background), axis)
 
 
-def mix_targets(a: Targets, b: Targets, lam: ArrayLike) -> jax.Array | SparseTargets:
+@functools.partial(jax.jit, inline=True)
+def _smooth(targets, alpha, background):
+    dtype = _targets.mass_dtype(targets, alpha, background)
+    targets, alpha = _targets.in_dtype(targets, dtype), jnp.asarray(alpha, dtype)
+    if isinstance(targets, SparseTargets):
+        return _plus(_times(1 - alpha, targets), _times(alpha, _spread(targets, background)))
+    num_classes = targets.shape[-1]
+    row = jnp.full(num_classes, 1 / num_classes, dtype) if background is None else background
+    return (1 - alpha) * targets + alpha * _as_row(row.astype(dtype), targets)
+
+
+def _spread(targets, background):
+    """Returns mass 1 on a background alone, for the batch of sparse `targets`."""
+    # Slices of the targets are split over devices as these are.
+    indices, weights = targets.indices[..., :0], targets.weights[..., :0]
+    mass = weights.sum(-1) + jnp.ones((), weights.dtype)
+    if background is None:
+        return SparseTargets(indices, weights, mass)
+    return SparseTargets(indices, weights, mass, background.astype(mass.dtype), background.size)
+
+
+@overload
+def mix_targets(a: Sparse, b: Sparse, lam: Floats, *, axis: int = -1) -> SparseTargets: ...
+@overload
+def mix_targets(
+    a: Targets, b: Targets, lam: Floats, *, axis: int = -1
+) -> Array | SparseTargets: ...
+def mix_targets(a: Targets, b: Targets, lam: Floats, *, axis: int = -1) -> Array | SparseTargets:
     """Mixes two targets of any form.
 
     t = lam · a + (1 − lam) · b
+
+    Mixed targets have one background for each that `a` and `b` do not share. To keep one, mix
+    labels before smoothing them: that is the same.
 
     Args:
       a: Labels int[...], dense float[..., V], or SparseTargets.
       b: Targets of the same batch, in any form.
       lam: The share of `a`, in [0, 1]: a scalar, or one for each example, float[...].
+      axis: The class axis of dense targets; labels and SparseTargets have none.
 
     Returns:
-      Dense targets if either is dense, SparseTargets of K = K_a + K_b otherwise.
+      Dense targets if either is dense, SparseTargets of K = K_a + K_b otherwise; float64 where some
+      mass or `lam` is a float64 array, and float32 elsewhere.
 
     Raises:
-      ValueError: Batches or classes differ, or lam is neither a scalar nor of the batch's shape, or
-        not in [0, 1].
-      TypeError: Targets have a dtype that cannot be one.
+      ValueError: Batches or classes differ, lam is neither a scalar nor of the batch's shape, or
+        not in [0, 1], or targets have no such axis.
+      TypeError: lam is not real, axis is not an int, or targets have a dtype that cannot be one.
 
     Example:
       >>> import jax.numpy as jnp
@@ -103,85 +136,112 @@ def mix_targets(a: Targets, b: Targets, lam: ArrayLike) -> jax.Array | SparseTar
     Source:
       Zhang et al., mixup: Beyond Empirical Risk Minimization, 2018, equation 1.
     """
-    a, b = _targets.as_targets(a, "a"), _targets.as_targets(b, "b")
-    checks.check_interval("lam", lam, 0.0, 1.0)
-    lam = checks.as_array("lam", lam)
-    if not jnp.issubdtype(lam.dtype, jnp.floating):
-        lam = lam.astype(float)
-    batch_a, batch_b = _targets.batch_of(a), _targets.batch_of(b)
+    a, last = classes_last(_targets.as_targets(a, "a"), axis)
+    b, _ = classes_last(_targets.as_targets(b, "b"), axis)
+    batch, batch_b = _targets.batch_of(a), _targets.batch_of(b)
     checks.check(
-        batch_a == batch_b, f"b: expected targets for the batch of a, {batch_a}, got {batch_b}"
+        batch == batch_b, f"b: expected targets for the batch of a, {batch}, got {batch_b}"
     )
+    classes, classes_b = _targets.num_classes_of(a), _targets.num_classes_of(b)
     checks.check(
-        lam.shape in ((), batch_a),
-        f"lam: expected a scalar or shape {batch_a}, one for each example, got {lam.shape}",
+        classes is None or classes_b in (None, classes),
+        f"b: expected targets of {classes} classes, those of a, got {classes_b}",
     )
+    lam = as_number("lam", lam, 0, 1, batch)
+    is_shared = (
+        isinstance(a, SparseTargets)
+        and isinstance(b, SparseTargets)
+        and a.background is b.background
+    )
+    return classes_at(mixed(a, b, lam, is_shared), last)
+
+
+@functools.partial(jax.jit, static_argnames="is_shared", inline=True)
+def mixed(a, b, lam, is_shared):
+    dtype = _targets.mass_dtype(a, b, lam)
+    a, b = _targets.in_dtype(a, dtype), _targets.in_dtype(b, dtype)
+    lam = jnp.asarray(lam, dtype)
     if not isinstance(a, SparseTargets) or not isinstance(b, SparseTargets):
-        num_classes = next(x.shape[-1] for x in (a, b) if not isinstance(x, SparseTargets))
-        checks.check(
-            _classes_of(b) in (None, num_classes),
-            f"b: expected targets of {num_classes} classes, those of a, got {_classes_of(b)}",
-        )
-        share = lam[..., None]
-        return share * dense_targets(a, num_classes) + (1 - share) * dense_targets(b, num_classes)
+        num_classes = _targets.num_classes_of(b if isinstance(a, SparseTargets) else a)
+        a, b = _written_out(a, num_classes), _written_out(b, num_classes)
+        return _times(lam, a) + _times(1 - lam, b)
+    return _plus(_times(lam, a), _times(1 - lam, b), is_shared)
+
+
+def _times(share, targets):
+    """Returns share · targets; the share is a scalar or one for each example."""
+    return _targets.map_masses(lambda mass: _targets.expand_like(share, mass) * mass, targets)
+
+
+def _plus(a, b, is_shared=False):
+    """Returns a + b, both sparse; `is_shared` says that they have one background."""
+    mass, background = _merged_backgrounds(a, b, is_shared)
     return SparseTargets(
         jnp.concatenate([a.indices, b.indices], axis=-1),
-        jnp.concatenate([lam[..., None] * a.weights, (1 - lam)[..., None] * b.weights], axis=-1),
-        *_merge_backgrounds(_scaled_background(a, lam), _scaled_background(b, 1 - lam)),
+        jnp.concatenate([a.weights, b.weights], axis=-1),
+        mass,
+        background,
+        a.num_classes or b.num_classes,
     )
 
 
-def _classes_of(targets: jax.Array | SparseTargets) -> int | None:
-    """Returns V where the targets know it."""
-    array = targets.background if isinstance(targets, SparseTargets) else targets
-    return None if array is None else array.shape[-1]
-
-
-def _scaled_background(targets: SparseTargets, share: jax.Array) -> SparseTargets:
-    """Returns targets with `share`, a scalar or [...], of their background's mass."""
-    mass = targets.background_mass
-    mass = None if mass is None else _targets.expand_like(share, mass) * mass
-    return dataclasses.replace(targets, background_mass=mass)
-
-
-def _merge_backgrounds(
-    a: SparseTargets, b: SparseTargets
-) -> tuple[jax.Array | None, jax.Array | None]:
-    """Returns (background_mass, background) of a + b, stacked only where the two differ."""
+def _merged_backgrounds(a, b, is_shared):
+    """Returns (background_mass, background) of a + b, stacked where the two differ."""
     if a.background_mass is None or b.background_mass is None:
         only = b if a.background_mass is None else a
         return only.background_mass, only.background
-    if a.background is b.background:
+    if is_shared or (a.background is None and b.background is None):
         return a.background_mass + b.background_mass, a.background
-    sizes = {x.background.shape[-1] for x in (a, b) if x.background is not None}
-    num_classes = sizes.pop()
-    checks.check(
-        not sizes,
-        f"b: expected a background over {_classes_of(a)} classes, those of a, got {_classes_of(b)}",
+    (mass_a, priors_a), (mass_b, priors_b) = (
+        _as_priors(t, a.num_classes or b.num_classes) for t in (a, b)
     )
-    pairs = [*_masses.backgrounds(a, num_classes), *_masses.backgrounds(b, num_classes)]
-    rows = [jnp.broadcast_to(distribution, (num_classes,)) for _, distribution in pairs]
-    return jnp.stack([mass for mass, _ in pairs], axis=-1), jnp.stack(rows)
+    mass = jnp.concatenate([mass_a, mass_b], axis=-1)
+    return mass, jnp.concatenate([priors_a, priors_b], axis=-2)
 
 
-def reweight_targets(targets: Targets, class_weights: ArrayLike) -> jax.Array | SparseTargets:
+def _as_priors(targets, num_classes):
+    """Returns (mass [..., B], background [1, ..., 1, B, V]) where the background may be uniform."""
+    mass, background = targets.background_mass, targets.background
+    if background is not None:
+        return mass, background
+    uniform = jnp.full((*(1,) * mass.ndim, 1, num_classes), 1 / num_classes, mass.dtype)
+    return mass[..., None], uniform
+
+
+@overload
+def reweight_targets(
+    targets: Sparse, class_weights: Floats, *, axis: int = -1
+) -> SparseTargets: ...
+@overload
+def reweight_targets(
+    targets: Targets, class_weights: Floats, *, axis: int = -1
+) -> Array | SparseTargets: ...
+def reweight_targets(
+    targets: Targets, class_weights: Floats, *, axis: int = -1
+) -> Array | SparseTargets:
     """Multiplies the mass on each class by that class's weight.
 
     t'_v = class_weights_v · t_v
 
-    The total mass T is then no longer 1, and the losses still hold. For the class-weighted mean of
-    PyTorch, give `weighted_mean` the totals as well: see the README.
+    The total mass T is then no longer 1, and the losses still hold. PyTorch divides the sum of such
+    losses by the sum of `class_weights[labels]`: give `weighted_mean` neither, and write
+    `WeightedSum(losses.sum(), class_weights[labels].sum()).mean()`.
 
     Args:
-      targets: Labels int[...], dense float[..., V], or SparseTargets.
+      targets: Labels int[...], dense float[..., V], or SparseTargets. A class outside [0, V) keeps
+        its weight, and the loss of its example is NaN unless it is masked out there.
       class_weights: float[V].
+      axis: The class axis of dense targets; labels and SparseTargets have none.
 
     Returns:
-      Dense targets for dense targets, SparseTargets otherwise.
+      Dense targets for dense targets, SparseTargets otherwise; float64 where some mass or weight is
+      float64, and float32 elsewhere.
 
     Raises:
-      ValueError: class_weights is not of shape [V].
-      TypeError: class_weights is not floating-point, or targets have a dtype that cannot be one.
+      ValueError: class_weights is not of shape [V], or targets are of other classes or have no such
+        axis.
+      TypeError: class_weights is not floating-point, axis is not an int, or targets have a dtype
+        that cannot be one.
 
     Example:
       >>> import jax.numpy as jnp
@@ -194,37 +254,34 @@ def reweight_targets(targets: Targets, class_weights: ArrayLike) -> jax.Array | 
     Source:
       King and Zeng, Logistic Regression in Rare Events Data, 2001, section 4.2.
     """
-    targets = _targets.as_targets(targets)
-    class_weights = checks.as_array("class_weights", class_weights)
-    checks.check_floating("class_weights", class_weights)
-    checks.check(
-        class_weights.ndim == 1,
-        f"class_weights: expected shape [V], got {checks.describe(class_weights)}",
-    )
-    (num_classes,) = class_weights.shape
+    targets, axis = classes_last(_targets.as_targets(targets), axis)
+    class_weights = _as_masses_of_classes("class_weights", class_weights, targets)
+    return classes_at(_reweight(targets, class_weights), axis)
+
+
+@functools.partial(jax.jit, inline=True)
+def _reweight(targets, class_weights):
+    dtype = _targets.mass_dtype(targets, class_weights)
+    targets, class_weights = _targets.in_dtype(targets, dtype), class_weights.astype(dtype)
     if not isinstance(targets, SparseTargets):
-        checks.check_shape(
-            "class_weights", class_weights, targets.shape[-1:], "the classes of targets"
-        )
-        return targets * class_weights
-    background = targets.background
-    if targets.background_mass is not None:
-        if background is None:
-            background = jnp.full_like(class_weights, 1 / num_classes)
-        checks.check_shape(
-            "class_weights", class_weights, background.shape[-1:], "the classes of targets"
-        )
-        background = background * class_weights
-    valid = _targets.is_valid(targets.indices, num_classes)
-    weights = class_weights[jnp.where(valid, targets.indices, 0)]
-    return dataclasses.replace(
-        targets,
-        weights=targets.weights * jnp.where(valid, weights, jnp.nan),
-        background=background,
-    )
+        return targets * _as_row(class_weights, targets)
+    num_classes, mass = class_weights.size, targets.background_mass
+    background = None
+    if mass is not None:
+        mass, background = _as_priors(targets, num_classes)
+        background = background * _as_row(class_weights, background)
+    pick = _mesh.on_automatic_axes(_weights_of_classes, targets.indices, ())
+    weights = targets.weights * pick(targets.indices, class_weights)
+    return SparseTargets(targets.indices, weights, mass, background, num_classes)
 
 
-def dense_targets(targets: Targets, num_classes: int) -> jax.Array:
+def _weights_of_classes(indices, class_weights):
+    """Returns class_weights[indices], and 1 for classes outside [0, V)."""
+    picked = class_weights.at[indices].get(mode="clip")
+    return jnp.where(_targets.is_valid(indices, class_weights.size), picked, jnp.ones_like(picked))
+
+
+def dense_targets(targets: Targets, num_classes: int, *, axis: int = -1) -> Array:
     """Writes targets of any form out as one mass per class.
 
     t_v = Σ_k weights_k · [indices_k = v] + background_mass · background_v
@@ -234,13 +291,16 @@ def dense_targets(targets: Targets, num_classes: int) -> jax.Array:
     Args:
       targets: Labels int[...], dense float[..., V], or SparseTargets.
       num_classes: V.
+      axis: The class axis of what is returned, and that of dense targets.
 
     Returns:
-      Masses, float[..., V]. A label outside [0, V) makes its row NaN.
+      Masses, float[..., V]: float64 where some mass is float64, and float32 elsewhere. A label
+      outside [0, V) makes its row NaN.
 
     Raises:
-      ValueError: Targets are not for `num_classes` classes.
-      TypeError: Targets have a dtype that cannot be one.
+      ValueError: num_classes is not positive, or targets are not for `num_classes` classes or have
+        no such axis.
+      TypeError: num_classes or axis is not an int, or targets have a dtype that cannot be one.
 
     Example:
       >>> import jax.numpy as jnp
@@ -249,19 +309,110 @@ def dense_targets(targets: Targets, num_classes: int) -> jax.Array:
       [[0. 0. 1.]
        [1. 0. 0.]]
     """
-    targets = _targets.as_targets(targets)
+    _targets.check_num_classes("num_classes", num_classes)
+    targets, axis = classes_last(_targets.as_targets(targets), axis)
+    known = _targets.num_classes_of(targets)
     checks.check(
-        isinstance(num_classes, int | np.integer) and num_classes > 0,
-        f"num_classes: expected a positive int, got {num_classes!r}",
+        known in (None, num_classes),
+        f"targets: expected {num_classes} classes, num_classes, got {known}",
     )
-    _targets.check_targets(targets, _targets.batch_of(targets), num_classes)
+    return classes_at(_dense(targets, int(num_classes)), axis)
+
+
+@functools.partial(jax.jit, static_argnames="num_classes", inline=True)
+def _dense(targets, num_classes):
+    targets = _targets.in_dtype(targets, _targets.mass_dtype(targets))
+    return _written_out(targets, num_classes)
+
+
+def _written_out(targets, num_classes):
+    """Returns the mass on each class, [..., V]."""
     if not isinstance(targets, SparseTargets):
         return targets
-    valid = _targets.is_valid(targets.indices, num_classes).all(-1, keepdims=True)
-    background = _masses.background_over(targets, num_classes)
+
+    def write(targets):
+        indices, weights = targets.indices, targets.weights
+        valid = _targets.is_valid(indices, num_classes).all(-1, keepdims=True)
+        rows = _background_rows(targets, num_classes)
+        rows = jnp.where(valid, rows, jnp.full_like(rows, jnp.nan))
+        rows = jnp.broadcast_to(rows, (*targets.batch_shape, num_classes))
+        if indices.shape[-1] == 0:
+            return rows
+        batch = tuple(range(rows.ndim - 1))
+        numbers = jax.lax.ScatterDimensionNumbers(
+            update_window_dims=(),
+            inserted_window_dims=(rows.ndim - 1,),
+            scatter_dims_to_operand_dims=(rows.ndim - 1,),
+            operand_batching_dims=batch,
+            scatter_indices_batching_dims=batch,
+        )
+        return jax.lax.scatter_add(rows, indices[..., None], weights, numbers, mode="drop")
+
+    last = targets.indices.ndim - 1
+    return _mesh.on_automatic_axes(write, targets.indices, (last,))(targets)
+
+
+def _background_rows(targets, num_classes):
+    """Returns the background's mass on each class, [..., V], or [..., 1] where it is the same."""
+    mass, background = targets.background_mass, targets.background
+    if mass is None:
+        return jnp.zeros((*targets.batch_shape, 1), targets.weights.dtype)
     if background is None:
-        background = jnp.zeros((), targets.weights.dtype)
-    dense = jnp.broadcast_to(
-        jnp.where(valid, background, jnp.nan), (*_targets.batch_of(targets), num_classes)
+        return mass[..., None] / jnp.asarray(num_classes, mass.dtype)
+    return (mass[..., None] * background).sum(-2)
+
+
+def classes_last(targets, axis):
+    """Returns (targets with their classes last, the class axis): checked, whatever the form."""
+    ndim = len(_targets.batch_of(targets)) + 1
+    checks.check(not isinstance(axis, Sequence), f"axis: expected an int, got {axis!r}", TypeError)
+    (axis,) = checks.canonical_axes(axis, ndim)
+    if not isinstance(targets, SparseTargets) and axis != ndim - 1:
+        targets = jnp.moveaxis(targets, axis, -1)
+    return targets, axis
+
+
+def classes_at(targets, axis):
+    """Undoes `classes_last`."""
+    if isinstance(targets, SparseTargets) or axis == targets.ndim - 1:
+        return targets
+    return jnp.moveaxis(targets, -1, axis)
+
+
+def _as_row(x, other):
+    """Returns x, [V], with axes of size 1 in front, to stand against `other`."""
+    return x.reshape((1,) * (other.ndim - 1) + x.shape)
+
+
+def as_number(
+    name: str, x: ArrayLike | Sequence[float], low: float, high: float, batch: tuple[int, ...] = ()
+) -> ArrayLike:
+    """Returns a finite number in [low, high] as it is, or such an array of the batch's shape."""
+    if not isinstance(x, float | int) or isinstance(x, bool):
+        x = checks.as_array(name, x, "a real number")
+        checks.check(
+            jnp.issubdtype(x.dtype, jnp.floating) or jnp.issubdtype(x.dtype, jnp.integer),
+            f"{name}: expected a real number, got {checks.describe(x)}",
+            TypeError,
+        )
+        example = f" or shape {batch}, one for each example" if batch else ""
+        checks.check(
+            x.shape in ((), batch), f"{name}: expected a scalar{example}, got {checks.describe(x)}"
+        )
+    checks.check_interval(name, x, low, high)
+    return x
+
+
+def _as_masses_of_classes(name, x, targets):
+    """Returns an array float[V] of the classes of `targets`."""
+    x = checks.as_array(name, x)
+    checks.check_floating(name, x)
+    checks.check(
+        x.ndim == 1 and x.size > 0, f"{name}: expected shape [V], got {checks.describe(x)}"
     )
-    return dense.at[_masses.rows_and(targets.indices)].add(targets.weights, mode="drop")
+    known = _targets.num_classes_of(targets)
+    checks.check(
+        known in (None, x.size),
+        f"{name}: expected {known} classes, those of targets, got {checks.describe(x)}",
+    )
+    return x

@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Float, Int
 
 from xentjax._jax import checks
+from xentjax._jax.dtypes import wide_dtype
 
 
 @jax.tree_util.register_dataclass
@@ -167,7 +168,8 @@ def as_targets(targets: Targets, name: str = "targets") -> jax.Array | SparseTar
             return _of_labels(array)
         checks.check_floating(name, array)
         checks.check(
-            array.ndim > 0, f"{name}: expected one mass per class, [..., V], got one number"
+            array.ndim > 0,
+            f"{name}: expected one mass per class, [..., V], got {checks.describe(array)}",
         )
         return array
 
@@ -275,8 +277,8 @@ def check_targets(
     known = targets.num_classes
     checks.check(
         known in (None, num_classes),
-        f"targets: expected {num_classes} classes, those of the logits, got {known}, those of their "
-        "class weights or background",
+        f"targets: expected {num_classes} classes, those of the logits, got {known}, those of the "
+        "class weights or background of targets",
     )
 
 
@@ -340,6 +342,27 @@ def map_masses(
 def batch_of(targets: jax.Array | SparseTargets) -> tuple[int, ...]:
     """Returns the shape of one loss per example."""
     return targets.batch_shape if isinstance(targets, SparseTargets) else targets.shape[:-1]
+
+
+def num_classes_of(targets: jax.Array | SparseTargets) -> int | None:
+    """Returns V where the targets know it."""
+    return targets.num_classes if isinstance(targets, SparseTargets) else targets.shape[-1]
+
+
+def in_dtype(
+    targets: jax.Array | SparseTargets, dtype: jax.typing.DTypeLike
+) -> jax.Array | SparseTargets:
+    """Returns targets with all their mass in a dtype."""
+    targets = map_masses(lambda mass: mass.astype(dtype), targets)
+    if not isinstance(targets, SparseTargets) or targets.background is None:
+        return targets
+    return dataclasses.replace(targets, background=targets.background.astype(dtype))
+
+
+def mass_dtype(*trees: Any) -> jnp.dtype:
+    """Returns float64 where some array of `trees` is, and float32; Python numbers do not count."""
+    leaves = jax.tree.leaves(trees)
+    return wide_dtype(*(x.dtype for x in leaves if not getattr(x, "weak_type", True)))
 
 
 def stacked_background(targets: SparseTargets) -> jax.Array | None:
