@@ -186,7 +186,7 @@ def _add_bench_options(parser: argparse.ArgumentParser) -> None:
         action="store_const",
         dest="plan",
         const="quick",
-        help="smaller and fewer cases, in less than a minute",
+        help="smaller and fewer cases, in one to three minutes",
     )
     plans.add_argument(
         "--map",

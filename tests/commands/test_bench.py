@@ -1,5 +1,6 @@
 """The benchmark: a run over tiny sizes from end to end, its losses recomputed in float64 NumPy."""
 
+import collections
 import contextlib
 import dataclasses
 import io
@@ -40,7 +41,15 @@ TINY = Plan(
     compilations=1,
     imports=1,
 )
-EAGER = Case("eager", "small", SMALL, "float32", "value")
+TINY_MAP = dataclasses.replace(
+    cases.MAP,
+    rows=(
+        Row("8x20", Size(8, 20), "float32", ("labels", "smoothing", "excluded")),
+        Row("8x20", Size(8, 20), "float32", ("labels",), logits="x50"),
+        Row("8x20", Size(8, 20), "float32", ("dense",), ("value",), logits="low16"),
+        Row("8x20", Size(8, 20), "float32", ("eager-smoothing",)),
+    ),
+)
 
 
 class Run(NamedTuple):
@@ -54,8 +63,8 @@ class Run(NamedTuple):
     measurements: dict[Case, timing.Measurement]
 
 
-def run_bench(*argv, columns=80, **patches):
-    """Runs `bench --quick` over the tiny sizes; returns code, output and errors."""
+def run_bench(*argv, plan="quick", columns=80, **patches):
+    """Runs `bench --quick` or `--map` over the tiny sizes; returns code, output and errors."""
     out, err = io.StringIO(), io.StringIO()
     with (
         pytest.MonkeyPatch.context() as patch,
@@ -63,17 +72,27 @@ def run_bench(*argv, columns=80, **patches):
         contextlib.redirect_stderr(err),
     ):
         patch.setitem(cases.PLANS, "quick", TINY)
+        patch.setitem(cases.PLANS, "map", TINY_MAP)
         patch.setattr(timing, "SAMPLE", 1e-12)  # One call each.
         patch.setenv("COLUMNS", str(columns))
         for name, value in patches.items():
             patch.setattr(timing, name, value)
-        code = main(["bench", "--quick", f"--rounds={ROUNDS}", *argv])
+        code = main(["bench", f"--{plan}", f"--rounds={ROUNDS}", *argv])
     return code, out.getvalue(), err.getvalue()
 
 
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("bench")
+    return run(tmp_path_factory.mktemp("bench"), "quick")
+
+
+@pytest.fixture(scope="module")
+def speed_map(tmp_path_factory):
+    return run(tmp_path_factory.mktemp("map"), "map")
+
+
+def run(folder, plan):
+    """Runs the benchmark from end to end, its measurements recorded."""
     found, measure = {}, timing.measure
 
     def recording(case, *args):
@@ -83,19 +102,21 @@ def bench(tmp_path_factory):
     files = folder / "record.json", folder / "picture.png"
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "tokamax", None)
-        code, out, err = run_bench(f"--json={files[0]}", f"--output={files[1]}", measure=recording)
+        code, out, err = run_bench(
+            f"--json={files[0]}", f"--output={files[1]}", plan=plan, measure=recording
+        )
     return Run(code, out, err, json.loads(files[0].read_text()), files[1], found)
 
 
-def again(bench, *argv, **changes):
-    """Runs with the measurements of before, `changes` made to outcomes of labels at "small"."""
+def again(bench, *argv, plan="quick", columns=80, **changes):
+    """Runs with the measurements of before, `changes` made to outcomes of labels' gradient."""
     found = dict(bench.measurements)
-    case = Case("labels", "small", SMALL, "float32", "gradient")
+    case = next(x for x in found if (x.loss, x.output) == ("labels", "gradient"))
     outcomes = dict(found[case].outcomes)
     for name, change in changes.items():
         outcomes[name] = dataclasses.replace(outcomes[name], **change)
     found[case] = dataclasses.replace(found[case], outcomes=outcomes)
-    return run_bench(*argv, measure=lambda case, *args: found[case])
+    return run_bench(*argv, plan=plan, columns=columns, measure=lambda case, *args: found[case])
 
 
 def test_bench_succeeds_and_saves_the_picture(bench):
@@ -165,14 +186,14 @@ def expected_value(case):
         losses = -targets[0] * np.log(p) - (1 - targets[0]) * np.log1p(-p)
         return losses.mean() if case.loss == "binary" else losses.sum(-1).mean()
     surprisals = np.log(np.exp(z).sum(-1, keepdims=True)) - z
-    if case.loss == "dense":
-        return (targets[0] * surprisals).sum(-1).mean()
+    if case.loss in ("dense", "excluded"):
+        return (targets[0] * np.where(targets[0] > 0, surprisals, 0)).sum(-1).mean()
     labels = targets[0].astype(int)
     of_label = surprisals[np.arange(len(z)), labels]
     match case.loss:
         case "masked":
             return of_label[targets[1] == 1].mean()
-        case "smoothing":
+        case "smoothing" | "eager-smoothing":
             return (0.9 * of_label + 0.1 * surprisals.mean(-1)).mean()
         case "mixup":
             other = surprisals[np.arange(len(z)), targets[1].astype(int)]
@@ -180,10 +201,10 @@ def expected_value(case):
     return of_label.mean()
 
 
-def test_everyone_has_the_same_right_answer(bench):
-    for case, measurement in bench.measurements.items():
+def test_everyone_has_the_same_right_answer(bench, speed_map):
+    for case, measurement in [*bench.measurements.items(), *speed_map.measurements.items()]:
         expected = expected_value(case)
-        for name in cases.contenders(case, TINY):
+        for name in set(measurement.outcomes) & set(contenders.CONTENDERS[case.loss]):
             outcome = measurement.outcomes[name]
             if outcome.problem is None:  # Some ulp of float32, of a few nats.
                 assert outcome.value == pytest.approx(expected, rel=2e-6), (case, name)
@@ -193,13 +214,102 @@ def test_everyone_has_the_same_right_answer(bench):
                 assert [x is not None for x in compared] == [name != "optax", gradient]
 
 
+def test_map_shows_and_records_every_speed(speed_map):
+    assert (speed_map.code, speed_map.err) == (0, "")
+    assert not speed_map.picture.exists()
+    table = rows(speed_map.out, "8 × 20 float32")
+    losses = ["labels", "smoothing", "excluded", "labels x50", "dense low16", "eager-smoothing"]
+    assert list(table) == losses
+    for case, m in speed_map.measurements.items():
+        assert set(m.outcomes) == {"xentjax", "optax"}
+        name = case.loss if case.logits == "ordinary" else f"{case.loss} {case.logits}"
+        ms, speed, *compiling = table[name][3 * (case.output == "gradient") :][:3]
+        ours, optax = m.outcomes["xentjax"], m.outcomes["optax"]
+        assert float(ms) == pytest.approx(1000 * ours.median(), rel=5e-3, abs=5e-5)
+        assert float(speed) == pytest.approx(optax.median() / ours.median(), rel=0.05, abs=5e-3)
+        if case.loss != "eager-smoothing":
+            ratio = ours.compile_median() / optax.compile_median()
+            assert float(compiling[0]) == pytest.approx(ratio, rel=0.05, abs=5e-3)
+
+
+def test_map_sums_up(speed_map):
+    speeds = {
+        case: m.outcomes["optax"].median() / m.outcomes["xentjax"].median()
+        for case, m in speed_map.measurements.items()
+    }
+    usual = [
+        speed
+        for case, speed in speeds.items()
+        if (case.loss, case.logits, case.output)
+        in {("labels", "ordinary", "value"), ("smoothing", "ordinary", "value")}
+    ]
+    found = speed_map.record["map"]["usual"]["speed"]
+    assert (found["cases"], found["worst"]) == (2, pytest.approx(min(usual)))
+    assert found["geometric_mean"] == pytest.approx(math.sqrt(usual[0] * usual[1]))
+    unusual = speed_map.record["map"]["unusual"]
+    assert {name: side["cases"] for name, side in unusual.items()} == {
+        "speed": 3,
+        "speed ∇": 2,
+        "compile": 5,
+    }
+    x50, ordinary = (
+        next(
+            m.outcomes["xentjax"].median()
+            for case, m in speed_map.measurements.items()
+            if (case.loss, case.logits, case.output) == ("labels", logits, "value")
+        )
+        for logits in ("x50", "ordinary")
+    )
+    shown = re.search(r"\nlabels, value, 8 × 20 float32 x50 +(\S+)\n", speed_map.out)[1]
+    assert float(shown) == pytest.approx(x50 / ordinary, rel=0.05, abs=5e-3)
+
+
+def test_map_lists_what_is_too_slow(speed_map):
+    fast, slow = {"seconds": [0.93]}, {"seconds": [1.0]}
+    argv = "--cases=labels,ordinary,gradient"
+    out = again(speed_map, argv, plan="map", xentjax=slow, optax=fast)[1]
+    assert "Speed below 0.95, gradient: 1 of 1\n  0.93  labels, gradient, 8 × 20 float32\n" in out
+    out = again(speed_map, argv, plan="map", xentjax=fast, optax=slow)[1]
+    assert "Speed below 0.95, gradient: 0 of 1\n" in out
+
+
+def test_map_has_the_cases_it_promises():
+    found = cases.all_cases(cases.MAP, "cpu")
+    assert len(set(found)) == len(found)
+    assert sum(not case.is_eager and not case.is_unusual for case in found) == 116
+    assert {case.logits for case in found} == set(cases.LOGITS)
+    for loss in ("labels", "smoothing", "dense"):
+        for shape in ((256, 10), (4096, 1000), (1024, 50257)):
+            for dtype in ("float32", "bfloat16"):
+                for output in ("value", "gradient"):
+                    name = f"{shape[0]}x{shape[1]}"
+                    assert Case(loss, name, Size(*shape), dtype, output) in found
+    assert Case("eager-smoothing", "256x10", Size(256, 10), "float32", "value") in found
+
+
+def numbers(out):
+    """Returns all numbers of a text, how often each."""
+    return collections.Counter(re.findall(r"\d+(?:\.\d+)?", out))
+
+
+@pytest.mark.parametrize("plan", ["quick", "map"])
+def test_no_number_is_cut_at_60_columns(bench, speed_map, plan):
+    before = {"quick": bench, "map": speed_map}[plan]
+    words = "--cases=value,gradient", f"--output={before.picture}"
+    outs = [again(before, *words, plan=plan, columns=n)[1] for n in (500, 60)]
+    wide, narrow = (re.split(r"\nPicture|\n\(", out)[0].partition("\n\n")[2] for out in outs)
+    assert not numbers(wide) - numbers(narrow)
+    assert max(map(len, narrow.splitlines())) <= 60
+    assert not re.search(r"\S…|…\S", narrow)
+
+
 def rows(out, title):
     """Returns the cells of the table below a title, by the name of the row."""
     lines = iter(out.partition(f"\n{title}")[2].splitlines())
     next(line for line in lines if "─" in line)
     table = {}
     while line := next(lines).strip():
-        name, cells = re.fullmatch(r"(\w+(?: ∇)?) +(.*)", line).groups()
+        name, cells = re.fullmatch(r"([\w-]+(?: ∇| x50| low16)?) +(.*)", line).groups()
         table[name] = cells.split()
     return table
 
@@ -229,7 +339,7 @@ def test_bench_table(bench):
 def test_bench_fits_80_columns(bench):
     tables = bench.out.partition("small: ")[2].partition("Picture")[0]
     assert max(map(len, tables.splitlines())) <= 80
-    assert "…" not in tables.replace(" … ", " to ")
+    assert not re.search(r"\S…|…\S", tables)
 
 
 def test_bench_lists_where_it_is_slower(bench):

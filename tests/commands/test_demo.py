@@ -24,7 +24,7 @@ class Run(NamedTuple):
     courses: dict[str, list[_demo.Epoch]]
 
 
-def run_demo(output, learn):
+def run_demo(output, learn, columns=80):
     """Runs the demo for two epochs with `learn` in the place of its own."""
     out, err = io.StringIO(), io.StringIO()
     with (
@@ -33,7 +33,7 @@ def run_demo(output, learn):
         contextlib.redirect_stderr(err),
     ):
         patch.setattr(_demo, "learn", learn)
-        patch.setenv("COLUMNS", "80")
+        patch.setenv("COLUMNS", str(columns))
         code = main(["demo", "--epochs", "2", "--seed", "1", "--output", str(output)])
     return code, out.getvalue(), err.getvalue()
 
@@ -63,6 +63,16 @@ def table_row(out, name):
     """Returns the cells after the name, without their signs of percent."""
     rows = [line.split() for line in out.splitlines() if line.split()[:1] == [name]]
     return [float(cell.rstrip("%")) for cell in rows[-1][1:]]
+
+
+@pytest.mark.parametrize("columns", [40, 60, 100])
+def test_demo_fits_the_terminal(demo, tmp_path, columns):
+    out = run_demo(tmp_path / "x.png", replay(demo), columns)[1].partition("Picture")[0]
+    assert max(map(len, out.splitlines())) <= columns
+    for name in _demo.RECIPES:
+        found = [line for line in out.splitlines() if line.startswith(f"{name} ")]
+        cells = [cell for line in found if "━" not in line for cell in line.split()[1:]]
+        assert [float(cell.rstrip("%")) for cell in cells] == table_row(demo.out, name)
 
 
 @pytest.mark.parametrize("name", list(_demo.RECIPES))

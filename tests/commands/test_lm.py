@@ -32,7 +32,7 @@ class Run(NamedTuple):
     courses: dict[str, _lm.Course]
 
 
-def run_lm(output, *, learn=_lm.learn, steps=STEPS):
+def run_lm(output, *, learn=_lm.learn, steps=STEPS, columns=80):
     """Runs a small model with `learn` in the place of its own; returns code, output and errors."""
     sizes = {"steps": steps, "vocabulary": 300, "batch": BATCH, "budget": 0, "output": output}
     out, err = io.StringIO(), io.StringIO()
@@ -42,7 +42,7 @@ def run_lm(output, *, learn=_lm.learn, steps=STEPS):
         contextlib.redirect_stderr(err),
     ):
         patch.setattr(_lm, "learn", learn)
-        patch.setenv("COLUMNS", "80")
+        patch.setenv("COLUMNS", str(columns))
         code = main(["lm", *(f"--{name}={value}" for name, value in sizes.items())])
     return code, out.getvalue(), err.getvalue()
 
@@ -70,6 +70,26 @@ def table_row(out, name):
     """Returns the cells after the name."""
     (row,) = [line for line in out.splitlines() if line.strip().startswith(name)]
     return [float(cell) for cell in row.replace(name, "").split()]
+
+
+@pytest.mark.parametrize("columns", [40, 60, 100])
+def test_lm_fits_the_terminal(lm, tmp_path, columns):
+    out = run_lm(tmp_path / "x.png", learn=lambda *args: lm.courses, columns=columns)[1]
+    out = out.partition("\nPicture")[0]
+    assert max(map(len, out.splitlines())) <= columns
+    for name in lm.courses:
+        rows = [line for line in out.splitlines() if line.startswith(name)]
+        cells = [float(cell) for row in rows for cell in row.replace(name, "").split()]
+        assert cells == table_row(lm.out, name)
+
+
+def test_lm_shows_every_step(lm):
+    """The time left is known as soon as the first step is done."""
+    shown = []
+    heads = {"full": _lm.full_logits}
+    arguments = argparse.Namespace(steps=3, batch=BATCH, seed=0)
+    _lm.learn(heads, lm.corpus, arguments, lambda done, perplexity=None: shown.append(done))
+    assert sorted(set(shown)) == [0, 1, 2, 3]
 
 
 def perplexity(model, windows):

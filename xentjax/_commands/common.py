@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from matplotlib.axes import Axes
+from rich.console import Console
 from rich.progress import (
     BarColumn,
     Progress,
@@ -50,6 +51,7 @@ def progress_bar() -> Progress:
         TextColumn("left"),
         TimeRemainingColumn(),
         speed_estimate_period=SPEED_PERIOD,
+        console=Console(),  # As wide as the terminal is now.
     )
 
 

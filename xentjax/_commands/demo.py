@@ -113,7 +113,8 @@ def run(arguments: argparse.Namespace) -> int:
     check_writable("--output", arguments.output)
     start = time.perf_counter()
     train, test = load()
-    print(f"Handwritten digits: {len(train[1])} to learn from, {len(test[1])} to test on.")
+    title = f"Handwritten digits: {len(train[1])} to learn from, {len(test[1])} to test on."
+    print("\n".join(paragraph(title)))
     courses = {}
     with progress_bar() as progress:
         bar = progress.add_task("", total=len(RECIPES) * arguments.epochs)

@@ -221,7 +221,8 @@ def remarks(measurements: Sequence[Measurement], record: dict[str, Any]) -> Iter
     slower = report.slower(measurements)
     if measurements:
         yield f"\n{optax} in none of these." if not slower else f"\n{optax} in:"
-    yield from (f"  {line}" for line in slower)
+    for line in slower:
+        yield from paragraph(f"  {line}", "    ")
 
 
 def wrong_answers(measurements: Sequence[Measurement]) -> Iterator[str]:
@@ -229,7 +230,7 @@ def wrong_answers(measurements: Sequence[Measurement]) -> Iterator[str]:
     for m in measurements:
         for name, outcome in m.outcomes.items():
             if outcome.is_wrong(m.case.dtype):
-                yield f"\n{report.describe(m)}: {wrong(name, outcome)}"
+                yield from ("", *paragraph(f"{report.describe(m)}: {wrong(name, outcome)}"))
 
 
 def wrong(name: str, outcome: Outcome) -> str:

@@ -52,7 +52,7 @@ def tables(measurements: Sequence[Measurement]) -> Iterator[str]:
         yield from ("", "What ours takes ÷ what it takes with ordinary logits")
         yield from table(_by_column(("", "÷"), rows))
     yield from ("", "Geometric means of the compiled cases, and the worst case")
-    yield from table(_summary_columns(summary(measurements)))
+    yield from _summary_lines(summary(measurements))
     yield from below_goals(measurements)
 
 
@@ -128,15 +128,16 @@ def side(
     }
 
 
-def _summary_columns(found: dict[str, Any]) -> list[list[str]]:
-    rows = []
+def _summary_lines(found: dict[str, Any]) -> list[str]:
+    """Returns the table of a summary, and the names of the worst cases below it."""
+    rows, worst = [], []
     for group, sides in found.items():
         for name, numbers in sides.items():
             if numbers is not None:
                 ratios = ratio_text(numbers["geometric_mean"]), ratio_text(numbers["worst"])
                 rows.append((f"{group}, {name}", str(numbers["cases"]), *ratios))
-                rows.append((f"  worst: {numbers['worst_case']}", "", "", ""))
-    return _by_column(("", "cases", "mean", "worst"), rows)
+                worst.append((f"{group}, {name}", numbers["worst_case"]))
+    return [*table(_by_column(("", "cases", "mean", "worst"), rows)), "", *definitions(worst)]
 
 
 def below_goals(measurements: Sequence[Measurement]) -> Iterator[str]:
