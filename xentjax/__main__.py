@@ -200,12 +200,12 @@ def _add_bench_options(parser: argparse.ArgumentParser) -> None:
         type=lambda text: tuple(text.strip().split(",")),
         default=(),
         metavar="WORDS",
-        help="what to measure, in words with commas between them (everything)",
+        help="the cases to measure, in words with commas between them (all cases)",
     )
     parser.add_argument(
         "--rounds",
         type=_number(int, 1, 10_000),
-        help="samples of each; fewer where a case takes long (10; with --map 15)",
+        help="samples of each; fewer where a case takes long (10; with --map 51)",
     )
     parser.add_argument("--json", type=_file, metavar="FILE", help="a record of every number")
     parser.add_argument(

@@ -37,12 +37,14 @@ TINY = Plan(
     classes=(5, 10),
     absent=("torch fused",),
     rounds=10,
+    sample=1e-12,  # One call each.
     patience=60,
     compilations=1,
     imports=1,
 )
 TINY_MAP = dataclasses.replace(
     cases.MAP,
+    sample=1e-12,
     rows=(
         Row("8x20", Size(8, 20), "float32", ("labels", "smoothing", "excluded")),
         Row("8x20", Size(8, 20), "float32", ("labels",), logits="x50"),
@@ -53,7 +55,7 @@ TINY_MAP = dataclasses.replace(
 
 
 class Run(NamedTuple):
-    """One run: its exit code, what it printed, and what it saved and measured."""
+    """One run: its exit code, its output, its files and its measurements."""
 
     code: int
     out: str
@@ -73,7 +75,6 @@ def run_bench(*argv, plan="quick", columns=80, **patches):
     ):
         patch.setitem(cases.PLANS, "quick", TINY)
         patch.setitem(cases.PLANS, "map", TINY_MAP)
-        patch.setattr(timing, "SAMPLE", 1e-12)  # One call each.
         patch.setenv("COLUMNS", str(columns))
         for name, value in patches.items():
             patch.setattr(timing, name, value)
@@ -264,7 +265,7 @@ def test_map_sums_up(speed_map):
     assert float(shown) == pytest.approx(x50 / ordinary, rel=0.05, abs=5e-3)
 
 
-def test_map_lists_what_is_too_slow(speed_map):
+def test_map_lists_slow_cases(speed_map):
     fast, slow = {"seconds": [0.93]}, {"seconds": [1.0]}
     argv = "--cases=labels,ordinary,gradient"
     out = again(speed_map, argv, plan="map", xentjax=slow, optax=fast)[1]

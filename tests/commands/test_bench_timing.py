@@ -94,12 +94,15 @@ def test_out_of_memory_is_a_gap_and_other_errors_are_not(monkeypatch):
         timing.measure(EAGER, PLAN)
 
 
+def plan(**changes):
+    return dataclasses.replace(PLAN, **({"patience": 60} | changes))
+
+
 class Result:
     """Something that a weak reference can be to."""
 
 
-def test_samples_take_turns_and_no_result_outlives_its_own(monkeypatch):
-    monkeypatch.setattr(timing, "SAMPLE", 1e-12)
+def test_samples_take_turns_and_no_result_outlives_its_own():
     alive, order = weakref.WeakSet(), []
 
     def contender(name):
@@ -114,7 +117,7 @@ def test_samples_take_turns_and_no_result_outlives_its_own(monkeypatch):
 
     calls = {name: contender(name) for name in "abc"}
     outcomes = {name: Outcome() for name in calls}
-    count = timing._sample(calls, outcomes, rounds=5, patience=0)
+    count = timing._sample(calls, outcomes, plan(rounds=5, sample=1e-12, patience=0))
     assert count == dict.fromkeys("abc", 1)
     # Once to see how long a call takes, then three rounds: after those there is no patience.
     assert "".join(order) == "abc" + "cba" + "abc" + "cba"
@@ -123,7 +126,6 @@ def test_samples_take_turns_and_no_result_outlives_its_own(monkeypatch):
 
 def test_a_long_call_is_the_only_sample(monkeypatch):
     monkeypatch.setattr(timing, "LONG", 0.5)
-    monkeypatch.setattr(timing, "SAMPLE", 1e-12)
     called = {"short": 0, "long": 0}
 
     def contender(name, seconds):
@@ -136,7 +138,7 @@ def test_a_long_call_is_the_only_sample(monkeypatch):
 
     calls = {"short": contender("short", 0), "long": contender("long", 0.51)}
     outcomes = {name: Outcome() for name in calls}
-    assert timing._sample(calls, outcomes, rounds=2, patience=60) == {"short": 1, "long": 1}
+    assert timing._sample(calls, outcomes, plan(rounds=2, sample=1e-12)) == {"short": 1, "long": 1}
     assert called == {"short": 3, "long": 1}
     assert len(outcomes["short"].seconds) == 2
     (seconds,) = outcomes["long"].seconds
@@ -148,6 +150,6 @@ def test_short_calls_are_repeated(monkeypatch):
     times = iter(np.arange(0, 1000, 1e-3))
     monkeypatch.setattr(timing.time, "perf_counter", lambda: next(times))
     # The clock moves 1 ms a look: a call seems to take that, and a sample of five 1 / 5 ms each.
-    count = timing._sample({"a": lambda: ((), ())}, outcomes, rounds=2, patience=60)
+    count = timing._sample({"a": lambda: ((), ())}, outcomes, plan(rounds=2))
     assert count == {"a": 5}
     assert outcomes["a"].seconds == pytest.approx([2e-4] * 2)

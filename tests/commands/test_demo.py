@@ -15,7 +15,7 @@ from xentjax._commands import demo as _demo
 
 
 class Run(NamedTuple):
-    """One short run of the demo: its exit code, what it printed, its picture, its epochs."""
+    """One short run of the demo: its exit code, its output, its picture, its epochs."""
 
     code: int
     out: str

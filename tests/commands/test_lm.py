@@ -22,7 +22,7 @@ STEPS, BATCH = 12, 64
 
 
 class Run(NamedTuple):
-    """One short run: its exit code, what it printed, its picture, its text and its courses."""
+    """One short run: its exit code, its output, its picture, its text and its courses."""
 
     code: int
     out: str
@@ -180,7 +180,7 @@ def test_read(tmp_path):
         (tmp_path / f"{i}.py").write_text("x == ((y))\n" if i else "y = x", "utf-8")
     (tmp_path / "9.py").write_bytes(b"x --- y\xff\n")
     corpus = _lm.read(tmp_path, 4)
-    # Of x, y (9 times each), ==, ((, )), the newline (8) and = (1), the first three and <unk>.
+    # The vocabulary has <unk> and three of x, y (9 times each), ==, ((, )), newline (8), = (1).
     assert list(corpus.counts) == [8 * 3 + 1, 9, 9, 8]
     assert list(corpus.train[:3]) == [1, 0, 2]  # Most frequent first; at a tie, the first seen.
     assert list(corpus.test) == [2, 0, 1, 0, 0]

@@ -1,4 +1,4 @@
-"""`python -m xentjax demo`: what the targets of a classifier do to its accuracy and its confidence.
+"""`python -m xentjax demo`: how targets change the accuracy and the confidence of a classifier.
 
 One network learns scikit-learn's handwritten digits three times: from hard labels, from smoothed
 labels and under mixup. It learns from the first half and is tested on the second; the order of the
@@ -34,7 +34,7 @@ SMOOTHING = 0.1
 MIXUP_ALPHA = 0.4
 NUM_BINS = 10
 FEWEST_SHOWN = 5  # An accuracy of fewer predictions is mostly chance: such bins are not drawn.
-TOLERANCE = 1e-6  # Of the comparison with optax.
+TOLERANCE = 1e-6  # The largest relative difference from optax.
 
 Params = list[tuple[jax.Array, jax.Array]]
 Set = tuple[Float[Array, "n 64"], Int[Array, " n"]]

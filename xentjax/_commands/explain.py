@@ -209,7 +209,7 @@ def _columns(question: Question, chain: Chain) -> list[list[str]]:
 
 
 def _links(question: Question, chain: Chain) -> list[tuple[str, ...]]:
-    """Returns the links in words: the name, the formula with its value, and what it means."""
+    """Returns the links in words: name, formula with its value, meaning."""
     p, s, t, unit = chain.probabilities, chain.surprisals, chain.truth, question.unit
     truth, loss, error = _formulas(question)
     z_of = {"probabilities": ", z = log p", "weights": ", z = log w"}

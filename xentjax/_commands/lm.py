@@ -3,8 +3,8 @@
 One network learns to predict the next word of the Python standard library twice, side by side:
 once with its logits [N, V] in memory and their loss by optax, and once with
 `linear_softmax_cross_entropy`, which makes them block by block. It reads the last few words, as in
-Bengio et al., A Neural Probabilistic Language Model, 2003, and what it multiplies to get the logits
-is the embedding of those words (Press and Wolf, Using the Output Embedding, 2017).
+Bengio et al., A Neural Probabilistic Language Model, 2003, and the kernel of its logits is the
+embedding of those words (Press and Wolf, Using the Output Embedding, 2017).
 """
 
 import argparse
@@ -38,12 +38,12 @@ HIDDEN = 256
 LEARNING_RATE = 3e-3
 TEST_SIZE = 2500  # Not a multiple of the batch: the last one is ragged.
 TESTS = 10  # During the training; one more is before it.
-# Of the relative difference of perplexities, which is that of losses in nats. At this learning rate
+# The largest relative difference of perplexities, or difference of losses in nats. At this rate
 # rounding does not build up: it made up to 2.6e-6 in 2000 steps of a small model, and another order
 # of the same batch 0.7e-6. At three times the rate that order alone made 2e-2.
 TOLERANCE = 1e-4
 TEST_SHARE = 10  # Every so many files are for the test.
-# Tests and tables of character sets say little; what pip has installed differs between machines.
+# Tests and tables of character sets say little; the packages of pip differ between machines.
 SKIPPED = {"test", "tests", "idlelib", "encodings", "site-packages", "dist-packages"}
 WORD = re.compile(r"\w+|([^\w\s])\1*|\n")  # "---" and "\"\"\"" are a word each.
 UNKNOWN = "<unk>"

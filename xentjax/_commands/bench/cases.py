@@ -1,4 +1,4 @@
-"""What `python -m xentjax bench` measures: the cases, what goes into them, and their limits."""
+"""The cases of `python -m xentjax bench`, with their inputs and their limits."""
 
 import dataclasses
 import functools
@@ -91,6 +91,7 @@ class Plan:
       classes: Numbers of classes in the picture, at at.examples examples.
       absent: Contenders and limits that are not measured.
       rounds: How many samples everyone has.
+      sample: Seconds that a sample takes at least: short calls are repeated within it.
       patience: Seconds after which a case has samples enough.
       compilations: How often everything is compiled.
       imports: How often the imports are measured.
@@ -103,6 +104,7 @@ class Plan:
     classes: tuple[int, ...]
     absent: tuple[str, ...]
     rounds: int
+    sample: float
     patience: float
     compilations: int
     imports: int
@@ -214,7 +216,7 @@ LOGITS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "x50": lambda z: 50 * z,
     "low16": lambda z: z.at[:, :16].set(-200),
 }
-"""What is done to logits from a normal distribution with the standard deviation 2."""
+"""Changes to logits from a normal distribution with the standard deviation 2."""
 
 
 def _without_a_tenth(z, targets):
@@ -245,6 +247,7 @@ FULL = Plan(
     classes=(1024, 2048, 4096, 8192, 16384, 32768, 65536),
     absent=(),
     rounds=10,
+    sample=5e-3,
     patience=20,
     compilations=3,
     imports=3,
@@ -270,6 +273,7 @@ QUICK = Plan(
     classes=(512, 4096, 32768),
     absent=("torch fused",),
     rounds=10,
+    sample=5e-3,
     patience=0.3,
     compilations=1,
     imports=1,
@@ -316,7 +320,8 @@ MAP = Plan(
     examples=(),
     classes=(),
     absent=("jax.nn", "torch", "copy", "read"),
-    rounds=15,
+    rounds=51,  # Many short samples in turn: other work on the machine hits everyone alike.
+    sample=1e-3,
     patience=1,
     compilations=1,
     imports=0,

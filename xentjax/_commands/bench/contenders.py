@@ -1,4 +1,4 @@
-"""Who contends in `python -m xentjax bench`: each loss, as the users of each library write it.
+"""The contenders of `python -m xentjax bench`: each loss, as the users of each library write it.
 
 A contender is a function from logits (for the head: from inputs and kernel) and targets to the mean
 loss, in float32.
@@ -23,8 +23,8 @@ class Foreign(NamedTuple):
     """A contender of a package that may be missing.
 
     Attributes:
-      module: What to import.
-      name: What it must have, with dots.
+      module: The name to import.
+      name: An attribute that it must have, with dots.
       function: (the imported package, *arguments) -> the mean loss.
     """
 
@@ -33,7 +33,7 @@ class Foreign(NamedTuple):
     function: Callable[..., Any]
 
     def load(self) -> ModuleType | None:
-        """Returns the package; None if it is missing, or older than what is needed."""
+        """Returns the package; None if it is missing or too old."""
         try:
             package = importlib.import_module(self.module)
             functools.reduce(getattr, self.name.split("."), package)
@@ -51,7 +51,7 @@ def _one_hot(labels, z):
 
 
 def _log_probability(z, *several):
-    """Returns log_softmax(z), and what it is at labels, for each of several."""
+    """Returns log_softmax(z), and its entries at labels, for each of several."""
     log_p = jax.nn.log_softmax(_wide(z))
     return log_p, *(jnp.take_along_axis(log_p, y[:, None], -1)[:, 0] for y in several)
 
@@ -134,7 +134,7 @@ def _tokamax(tokamax, inputs, kernel, y):
 _optax_labels = optax.softmax_cross_entropy_with_integer_labels
 
 CONTENDERS: dict[str, dict[str, Callable[..., Any] | Foreign]] = {
-    "eager": {  # Not compiled, and one loss per example: what one call costs.
+    "eager": {  # The cost of one call: not compiled, and one loss per example.
         "xentjax": xentjax.softmax_cross_entropy,
         "optax": _optax_labels,
         "jax.nn": lambda z, y: -jnp.take_along_axis(jax.nn.log_softmax(z), y[:, None], -1)[:, 0],

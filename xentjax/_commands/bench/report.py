@@ -1,4 +1,4 @@
-"""How `python -m xentjax bench` shows what it measured: tables, and a picture."""
+"""Tables and a picture of the measurements of `python -m xentjax bench`."""
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
@@ -19,7 +19,7 @@ LEGEND = (
     ("÷ ours", "how many times as long another takes: above 1, xentjax is faster"),
     ("ours ÷", "how many times as long as a copy of the logits, or as a head's matmuls"),
     ("temp. %", "temporaries beside arguments and results, in % of the logits"),
-    ("compile", "what optax takes to trace and compile from nothing ÷ what ours takes"),
+    ("compile", "optax's time to trace and compile from nothing ÷ ours"),
 )
 
 
@@ -181,7 +181,7 @@ def draw_line(
 
 
 def draw_temporaries(ax: Axes, sizes: dict[int, Size], points: Points) -> None:
-    """Draws what each compiled function needs, and how large the logits are."""
+    """Draws the temporaries of each compiled function, and the size of the logits."""
     for name, colour in zip(IN_PICTURE, COLOURS, strict=False):
         for loss, found in points.items():
             needs = [found[size].outcomes[name].temporaries for size in sizes.values()]

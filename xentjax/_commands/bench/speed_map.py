@@ -19,8 +19,8 @@ GOALS = {"value": 0.8, "gradient": 0.95}
 
 LEGEND = (
     ("ours, ms", "median of the samples, of the mean loss (∇: with its gradient)"),
-    ("speed", "what optax takes ÷ what ours takes: above 1, xentjax is faster"),
-    ("compile", "what ours takes to trace and compile from nothing ÷ what optax takes"),
+    ("speed", "optax's time ÷ ours: above 1, xentjax is faster"),
+    ("compile", "our time to trace and compile from nothing ÷ optax's"),
     ("x50", "logits times 50"),
     ("low16", "the first 16 columns of the logits at −200"),
     ("excluded", "dense targets; a tenth of the classes is ruled out: target 0, logit −inf"),
@@ -29,12 +29,12 @@ LEGEND = (
 
 
 def speed(m: Measurement) -> float:
-    """Returns what optax takes ÷ what ours takes."""
+    """Returns optax's time ÷ ours."""
     return m.outcomes["optax"].median() / m.outcomes["xentjax"].median()
 
 
 def compile_ratio(m: Measurement) -> float:
-    """Returns what ours takes to trace and compile ÷ what optax takes."""
+    """Returns our time to trace and compile ÷ optax's."""
     return m.outcomes["xentjax"].compile_median() / m.outcomes["optax"].compile_median()
 
 
@@ -49,7 +49,7 @@ def tables(measurements: Sequence[Measurement]) -> Iterator[str]:
     unusual = list(beside_ordinary(measurements))
     if unusual:
         rows = [(describe(m), ratio_text(ratio)) for m, ratio in unusual]
-        yield from ("", "What ours takes ÷ what it takes with ordinary logits")
+        yield from ("", "Our time ÷ our time with ordinary logits")
         yield from table(_by_column(("", "÷"), rows))
     yield from ("", "Geometric means of the compiled cases, and the worst case")
     yield from _summary_lines(summary(measurements))

@@ -21,14 +21,13 @@ from xentjax._commands.bench.cases import Case, Plan
 from xentjax._commands.bench.contenders import Foreign
 
 FEWEST = 3  # Samples, however long all of them take.
-SAMPLE = 5e-3  # Seconds: a call that is shorter is repeated within a sample.
 LONG = 30.0  # Seconds: a call that is longer is the only sample.
 # PyTorch's threads go on spinning for a while when they have nothing to do, JAX's for less.
 REST = 2e-3
 REFERENCE = "optax"
 OUT_OF_MEMORY = "out of memory"
 TAKE_TENSORS = ("torch", "torch fused")
-TOLERANCE = 1e-4  # Of relative differences from the reference, in float32.
+TOLERANCE = 1e-4  # The largest relative difference from the reference, in float32.
 
 Call = Callable[[], tuple[Any, Sequence[Any]]]
 """Returns (value, gradients) once they are there."""
@@ -36,13 +35,13 @@ Call = Callable[[], tuple[Any, Sequence[Any]]]
 
 @dataclasses.dataclass
 class Outcome:
-    """What was measured of one contender, or of one limit.
+    """The measurements of one contender, or of one limit.
 
     Attributes:
       problem: Why the rest is missing, where it is.
       seconds: Each sample, of one call.
-      trace_seconds: Each time, of tracing and lowering: what JAX does in Python.
-      compile_seconds: Each time, of compiling: what XLA does after that.
+      trace_seconds: Each time of tracing and lowering, which JAX does in Python.
+      compile_seconds: Each time of compiling, which XLA does after that.
       temporaries: Bytes that it needs beside its arguments and results.
       flops: XLA's estimate, which counts the body of a loop once.
       value: The mean loss.
@@ -94,7 +93,7 @@ class Measurement:
 
 
 def measure(case: Case, plan: Plan) -> Measurement:
-    """Compiles everyone, compares what they answer, and takes samples in turn."""
+    """Compiles everyone, compares their answers, and takes samples in turn."""
     contenders, limits = cases.contenders(case, plan), cases.limits(case, plan)
     outcomes = {name: Outcome() for name in (*contenders, *limits)}
     primals, targets = cases.inputs(case)
@@ -120,7 +119,7 @@ def measure(case: Case, plan: Plan) -> Measurement:
         functions[name] = functools.partial(_limit, limit, len(primals))
     calls |= _compiled(functions, (*primals, *targets), outcomes, plan.compilations)
     calls = _warm(calls, outcomes, contenders)
-    return Measurement(case, outcomes, _sample(calls, outcomes, plan.rounds, plan.patience))
+    return Measurement(case, outcomes, _sample(calls, outcomes, plan))
 
 
 def _why_not(name, package):
@@ -140,7 +139,7 @@ def _with_output(contender, num_primals, output):
 
 
 def _limit(function, num_primals, *arguments):
-    """A limit has something to make, from what is differentiated, and no gradients."""
+    """Calls a limit, which takes the primals alone and has no gradients."""
     return function(*arguments[:num_primals]), ()
 
 
@@ -153,7 +152,7 @@ def _compiled(functions, arguments, outcomes, repeats):
     calls = {}
     for _ in range(repeats):
         for name, function in functions.items():
-            jax.clear_caches()  # What one has traced or compiled, the next may not reuse.
+            jax.clear_caches()  # Nobody reuses the work of the one before.
             start = time.perf_counter()
             lowered = jax.jit(function).lower(*arguments)
             outcomes[name].trace_seconds.append(time.perf_counter() - start)
@@ -225,17 +224,17 @@ def _largest_difference(x, y):
     return jnp.max(jnp.abs(x - y)) / jnp.max(jnp.abs(y))
 
 
-def _sample(calls, outcomes, rounds, patience):
+def _sample(calls, outcomes, plan):
     """Adds samples to the outcomes, everyone's in turn; returns how many calls make one."""
     seconds = {name: _seconds(call, 1) for name, call in calls.items()}
-    count = {name: math.ceil(SAMPLE / each) for name, each in seconds.items()}
+    count = {name: math.ceil(plan.sample / each) for name, each in seconds.items()}
     long = [name for name in calls if seconds[name] > LONG]
     for name in long:
         outcomes[name].seconds.append(seconds[name])
     calls = {name: call for name, call in calls.items() if name not in long}
     start = time.perf_counter()
-    for i in range(rounds):
-        if i >= FEWEST and time.perf_counter() - start > patience:
+    for i in range(plan.rounds):
+        if i >= FEWEST and time.perf_counter() - start > plan.patience:
             break
         for name in calls if i % 2 else reversed(calls):
             time.sleep(REST)
