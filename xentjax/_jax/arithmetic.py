@@ -11,12 +11,6 @@ import jax
 import jax.numpy as jnp
 
 
-def wide_dtype(*dtypes: jax.typing.DTypeLike) -> jnp.dtype:
-    """Returns the dtype of the arithmetic: float64 if one of `dtypes` is that, else float32."""
-    double = any(jnp.dtype(d) == jnp.float64 for d in dtypes)
-    return jnp.dtype(jnp.float64 if double else jnp.float32)
-
-
 def quotient(a: jax.Array, b: jax.Array) -> jax.Array:
     """Returns a / b, for b ≠ 0.
 

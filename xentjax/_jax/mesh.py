@@ -4,6 +4,7 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -50,6 +51,14 @@ def psum(x: jax.Array, axes: Iterable[Hashable]) -> jax.Array:
     """Returns the sum of x over the devices along `axes`, of which there may be none."""
     names = _ordered(axes)
     return jax.lax.psum(x, names) if names else x
+
+
+def is_first_largest(x: jax.Array, axes: tuple[Hashable, ...]) -> jax.Array:
+    """Returns where this device's x is the largest along `axes`, and the first of several."""
+    index = jax.lax.axis_index(axes)
+    none = jnp.asarray(jax.lax.axis_size(axes), index.dtype)
+    first = jax.lax.pmin(jnp.where(x == jax.lax.pmax(x, axes), index, none), axes)
+    return first == index
 
 
 def _ordered(axes: Iterable[Hashable]) -> tuple[Hashable, ...]:

@@ -3,6 +3,7 @@
 Throughout 0 · log 0 = 0, with finite derivatives; probability 0 for what does happen costs +inf.
 """
 
+import dataclasses
 import functools
 import math
 import numbers
@@ -14,8 +15,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float
 
 from xentjax._jax import arithmetic, checks
-from xentjax._jax.custom_vjp import custom_vjp
-from xentjax._losses import softmax as _softmax
+from xentjax._jax.dtypes import wide_dtype
+from xentjax._jax.rule import Rule, apply
+from xentjax._losses import arguments
+from xentjax._losses.softmax import entropies
+from xentjax._softmax import reference
 
 
 def surprisal(p: ArrayLike, *, base: float | None = None) -> Float[Array, "*shape"]:
@@ -231,8 +235,9 @@ def softmax_surprisal(
     Source:
       Shannon, A Mathematical Theory of Communication, 1948, section 6.
     """
-    logits, axes = _softmax.checked_logits("logits", logits, axis)
-    return _in_base(_softmax.surprisals(logits, axes), base)
+    logits, axes = arguments.as_logits("logits", logits, axis)
+    surprisals = reference.surprisals(arguments.classes_last(logits, axes))
+    return _in_base(arguments.classes_back(surprisals, logits.shape, axes), base)
 
 
 def softmax_entropy(
@@ -263,8 +268,8 @@ def softmax_entropy(
     Source:
       Shannon, A Mathematical Theory of Communication, 1948, section 6.
     """
-    logits, axes = _softmax.checked_logits("logits", logits, axis)
-    return _in_base(_softmax.entropy(_softmax.classes_last(logits, axes)), base)
+    logits, axes = arguments.as_logits("logits", logits, axis)
+    return _in_base(entropies(*arguments.masked_logits(logits, None, axes)), base)
 
 
 def softmax_kl_divergence(
@@ -307,10 +312,10 @@ def softmax_kl_divergence(
     Source:
       Hinton et al., Distilling the Knowledge in a Neural Network, 2015, section 2.
     """
-    p_logits, axes = _softmax.checked_logits("p_logits", p_logits, axis)
-    q_logits, _ = _softmax.checked_logits("q_logits", q_logits, axis)
+    p_logits, axes = arguments.as_logits("p_logits", p_logits, axis)
+    q_logits, _ = arguments.as_logits("q_logits", q_logits, axis)
     checks.check_shape("q_logits", q_logits, p_logits.shape, "that of p_logits")
-    dtype = arithmetic.wide_dtype(p_logits.dtype, q_logits.dtype)
+    dtype = wide_dtype(p_logits.dtype, q_logits.dtype)
     batch = tuple(n for a, n in enumerate(p_logits.shape) if a not in axes)
     if where is not None:
         where = checks.as_mask(where, batch, p_logits.shape, "classes")
@@ -325,14 +330,14 @@ def _probabilities(name, p):
     """Returns p in the dtype of the arithmetic."""
     p = checks.as_array(name, p)
     checks.check_floating(name, p)
-    return p.astype(arithmetic.wide_dtype(p.dtype))
+    return p.astype(wide_dtype(p.dtype))
 
 
 def _distributions(p, q, axis):
     """Returns p, q in the dtype of the arithmetic, and the axes of their outcomes."""
     p, q = _probabilities("p", p), _probabilities("q", q)
     checks.check_shape("q", q, p.shape, "that of p")
-    dtype = arithmetic.wide_dtype(p.dtype, q.dtype)
+    dtype = wide_dtype(p.dtype, q.dtype)
     return p.astype(dtype), q.astype(dtype), checks.canonical_axes(axis, p.ndim)
 
 
@@ -412,34 +417,40 @@ def _log_ratio_value(p, q):
 @functools.partial(jax.jit, static_argnums=(3, 4))
 def _softmax_kl_divergence(p_logits, q_logits, where, axes, dtype):
     a, b = p_logits.astype(dtype), q_logits.astype(dtype)
-    if where is None:
-        return _kl_of_logits(axes)(a, b)
-    if where.shape == a.shape:
+    of_examples = where is not None and where.shape != a.shape
+    if of_examples:
+        examples = jnp.expand_dims(where, axes)
+        a, b = jnp.where(examples, a, 0), jnp.where(examples, b, 0)
+    elif where is not None:
         a, b = jnp.where(where, a, -jnp.inf), jnp.where(where, b, -jnp.inf)
-        return _kl_of_logits(axes)(a, b)
-    examples = jnp.expand_dims(where, axes)
-    a, b = jnp.where(examples, a, 0), jnp.where(examples, b, 0)
-    return jnp.where(where, _kl_of_logits(axes)(a, b), 0)
+    divergences = apply(_KLOfLogits(axes), a, b)
+    return jnp.where(where, divergences, 0) if of_examples else divergences
 
 
-@functools.cache
-def _kl_of_logits(axes):
-    """Returns (p_logits, q_logits) -> divergences over `axes`."""
+@dataclasses.dataclass(frozen=True)
+class _KLOfLogits(Rule):
+    """(p_logits, q_logits) -> divergences over `axes`.
 
-    def value(a, b):
-        return jnp.squeeze(_kl_parts(a, b, axes).divergence, axes)
+    Attributes:
+      axes: The class axes.
+    """
 
-    def fwd(live, a, b):
-        del live
-        return value(a, b), (a, b)
+    axes: tuple[int, ...]
 
-    def bwd(live, residuals, cotangent):
-        del live
-        parts = _kl_parts(*residuals, axes)
-        cotangent = jnp.where(parts.empty, 0, jnp.expand_dims(cotangent, axes))
-        return cotangent * -parts.p * parts.d, cotangent * parts.q_less_p()
+    def reference(self, p_logits, q_logits):
+        return jnp.squeeze(_kl_parts(p_logits, q_logits, self.axes).divergence, self.axes)
 
-    return custom_vjp(value, fwd, bwd)
+    def forward(self, backend, needs_grad, p_logits, q_logits):
+        del backend, needs_grad
+        return self.reference(p_logits, q_logits), ()
+
+    def backward(self, backend, needs_grad, args, summary, cotangents):
+        del backend, needs_grad, summary
+        parts = _kl_parts(*args, self.axes)
+        cotangent = jnp.expand_dims(cotangents, self.axes)
+        none = (cotangent == 0) | parts.empty
+        slopes = -parts.p * parts.d, parts.q_less_p()
+        return tuple(jnp.where(none, 0, cotangent * slope) for slope in slopes)
 
 
 class _KLParts(NamedTuple):

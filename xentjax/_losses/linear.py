@@ -1,23 +1,27 @@
 """Cross-entropy from the layer before the logits, for vocabularies whose logits are too large."""
 
 import dataclasses
+import functools
 import math
-from typing import Literal, NamedTuple
+from collections.abc import Hashable
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
 from xentjax._jax import checks
-from xentjax._jax import mesh as _mesh
+from xentjax._jax import mesh as meshes
+from xentjax._jax.dtypes import wide_dtype
+from xentjax._jax.rule import apply
+from xentjax._losses import arguments
 from xentjax._losses.logit_transform import LogitTransform, converted
-from xentjax._losses.reduction import WeightedSum
-from xentjax._softmax import head as _head
-from xentjax._softmax.head import Head, Params
-from xentjax._softmax.partial import wide_dtype
-from xentjax._targets import mass as _masses
-from xentjax._targets import types as _targets
-from xentjax._targets.types import SparseTargets, Targets
+from xentjax._softmax.cross_entropy import masked
+from xentjax._softmax.head_blocks import Head, Params
+from xentjax._softmax.head_kept import HeadTotal
+from xentjax._softmax.head_recomputed import HeadLosses
+from xentjax._targets.mass import times
+from xentjax._targets.types import Targets
 
 
 class LinearStats(NamedTuple):
@@ -96,10 +100,12 @@ def linear_softmax_cross_entropy(
     Source:
       Wijmans et al., Cut Your Losses in Large-Vocabulary Language Models, 2025, section 4.
     """
-    call = prepare(
-        inputs, kernel, targets, bias, class_axis, where, weights, logit_transform, memory_budget
-    )
-    return reduced(call, reduction)
+    arrays = as_arrays(inputs, kernel, targets, bias, where, weights)
+    options = Options(class_axis, logit_transform, memory_budget)
+    last = arrays.inputs.ndim - 1
+    reduced = (last,) if reduction == "none" else range(last + 1)
+    run = functools.partial(losses_of, options=options, reduction=reduction)
+    return meshes.on_automatic_axes(run, arrays.inputs, reduced)(arrays)
 
 
 def linear_softmax_cross_entropy_with_stats(
@@ -145,52 +151,110 @@ def linear_softmax_cross_entropy_with_stats(
     Source:
       Wijmans et al., Cut Your Losses in Large-Vocabulary Language Models, 2025, section 4.
     """
-    call = prepare(
-        inputs, kernel, targets, bias, class_axis, where, None, logit_transform, memory_budget
-    )
-    head = dataclasses.replace(call.head, with_stats=True)
-
-    def losses_and_stats(inputs, params, targets, mask):
-        num_classes = params.kernel.shape[head.class_axis]
-        losses, log_normalizer, prediction, surprisal = _head.make_losses(head)(
-            inputs, params, targets, mask
-        )
-        prediction = prediction.astype(jnp.int32)
-        stats = LinearStats(
-            log_normalizer,
-            prediction,
-            _masses.is_heaviest(targets, prediction, num_classes),
-            jnp.where(jnp.isnan(losses), losses, -surprisal),
-        )
-        return losses, _masses.masked(stats, mask)
-
-    of_tokens = _mesh.on_automatic_axes(losses_and_stats, call.args[0], (1,))(*call.args)
-    return jax.tree.map(lambda x: x.reshape(call.batch), of_tokens)
+    arrays = as_arrays(inputs, kernel, targets, bias, where, None)
+    options = Options(class_axis, logit_transform, memory_budget, with_stats=True)
+    run = functools.partial(_losses_and_stats, options=options)
+    return meshes.on_automatic_axes(run, arrays.inputs, (arrays.inputs.ndim - 1,))(arrays)
 
 
 class Call(NamedTuple):
-    """A head, and what it is called with: one axis of tokens."""
+    """A head, and the arrays that it is called with, of one axis of tokens.
+
+    Attributes:
+      head: The static side.
+      args: inputs [N, D], Params, mass, and the mask of tokens [N] or None.
+      weights: Of each token's loss, [N].
+    """
 
     head: Head
-    args: tuple  # inputs [N, D], Params, targets of N, mask [N] or None.
-    mask: jax.Array | None
-    weights: jax.Array  # [N]
-    batch: tuple[int, ...]
+    args: tuple[Any, ...]
+    weights: jax.Array
 
 
-def prepare(
-    inputs, kernel, targets, bias, class_axis, where, weights, transform, memory_budget, axes=()
-) -> Call:
-    """Checks the arguments, all at trace time, and returns the Call that they make.
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """The options of a head that are no arrays.
 
-    `axes` are those of the mesh that kernel, bias and dense targets have their classes split over.
+    Attributes:
+      class_axis: The axis of the kernel that counts classes.
+      logit_transform: As the user gave it.
+      memory_budget: Bytes, or None.
+      axes: Mesh axes that kernel, bias and dense targets have their classes split over.
+      with_stats: Whether stats are asked for.
     """
-    inputs, kernel = checks.as_array("inputs", inputs), checks.as_array("kernel", kernel)
-    checks.check_floating("inputs", inputs)
-    checks.check_floating("kernel", kernel)
+
+    class_axis: int
+    logit_transform: LogitTransform | None
+    memory_budget: int | None
+    axes: tuple[Hashable, ...] = ()
+    with_stats: bool = False
+
+
+class Arrays(NamedTuple):
+    """The arrays of a head, as the user gave them; those from bias on may be None."""
+
+    inputs: Any
+    kernel: Any
+    targets: Any
+    bias: Any
+    where: Any
+    weights: Any
+
+
+def as_arrays(*given: Any) -> Arrays:
+    """Returns the arguments as arrays, of the right dtypes."""
+    inputs, kernel, targets, bias, where, weights = given
+
+    def floating(name, x):
+        x = checks.as_array(name, x)
+        checks.check_floating(name, x)
+        return x
+
+    inputs, kernel = floating("inputs", inputs), floating("kernel", kernel)
+    targets = arguments.as_arrays(targets)
+    bias = None if bias is None else floating("bias", bias)
+    if where is not None:
+        where = checks.as_array("where", where, "a bool array")
+        checks.check_bool("where", where)
+    weights = None if weights is None else floating("weights", weights)
+    return Arrays(inputs, kernel, targets, bias, where, weights)
+
+
+def prepare(arrays: Arrays, options: Options) -> Call:
+    """Checks shapes and options, all at trace time, and returns the Call that they make."""
+    inputs, kernel, targets, bias, where, weights = arrays
+    class_axis, (batch, num_classes) = _checked_shapes(inputs, kernel, options.class_axis)
+    if bias is not None:
+        checks.check_shape("bias", bias, (num_classes,), "the classes of kernel")
+    for name, x in (("where", where), ("weights", weights)):
+        if x is not None:
+            checks.check_shape(name, x, batch, "the batch of inputs")
+    dtype = wide_dtype(inputs.dtype, kernel.dtype)
+    mass = arguments.as_mass(targets, (*batch, num_classes), dtype, where, mesh_axes=options.axes)
+    num_tokens, features = math.prod(batch), inputs.shape[-1]
+    mass = mass.map_examples(lambda x: x.reshape(num_tokens, *x.shape[len(batch) :]))
+    mask = None if where is None else where.reshape(num_tokens)
+    inputs = masked(inputs.reshape(num_tokens, features), mask)
+    w = jnp.ones(batch, dtype) if weights is None else weights.astype(dtype)
+    w = masked(w.reshape(num_tokens), mask)
+
+    # In a shard_map, arrays that meet in a loop must vary over the same devices.
+    of_logits = inputs, kernel, bias, mass
+    over = meshes.varying_axes((of_logits, mask, w))
+    transform, constants, over = converted(options.logit_transform, dtype, over)
+    inputs, kernel, bias, mass = meshes.varying(of_logits, over)
+    w = meshes.varying(w, over.difference(options.axes))
+    shards = jax.lax.axis_size(options.axes) if options.axes else 1
+    sizes = (num_tokens, features, num_classes)
+    plan = make_plan(sizes, dtype.itemsize, options.memory_budget, shards)
+    head = Head(class_axis, transform, *plan, options.axes, options.with_stats)
+    return Call(head, (inputs, Params(kernel, bias, constants), mass, mask), w)
+
+
+def _checked_shapes(inputs, kernel, class_axis):
+    """Returns (class_axis as 0 or 1, (batch, number of classes))."""
     checks.check(
-        inputs.ndim >= 1,
-        f"inputs: expected shape [..., D], got {checks.describe(inputs)}",
+        inputs.ndim >= 1, f"inputs: expected shape [..., D], got {checks.describe(inputs)}"
     )
     checks.check(
         kernel.ndim == 2,
@@ -198,104 +262,93 @@ def prepare(
         f"{checks.describe(kernel)}",
     )
     checks.check(
-        class_axis in (-2, -1, 0, 1), f"class_axis: expected −2, −1, 0 or 1, got {class_axis!r}"
+        isinstance(class_axis, int) and class_axis in (-2, -1, 0, 1),
+        f"class_axis: expected −2, −1, 0 or 1, got {class_axis!r}",
     )
     class_axis %= 2
     (*batch, features), num_classes = inputs.shape, kernel.shape[class_axis]
-    batch = tuple(batch)
     checks.check(
         kernel.shape[1 - class_axis] == features and num_classes > 0,
         f"kernel: expected {features} features (those of inputs) on axis {1 - class_axis} and at "
         f"least one class on axis {class_axis}, got {checks.describe(kernel)}",
     )
-    if bias is not None:
-        bias = checks.as_array("bias", bias)
-        checks.check_floating("bias", bias)
-        checks.check_shape("bias", bias, (num_classes,), "the classes of kernel")
-    shards = jax.lax.axis_size(axes) if axes else 1
-    targets = _targets.as_targets(targets)
-    is_sparse = isinstance(targets, SparseTargets)
-    _targets.check_targets(targets, batch, num_classes * (shards if is_sparse else 1))
-    mask = None
-    if where is not None:
-        where = checks.as_array("where", where, "a bool array")
-        checks.check_bool("where", where)
-        checks.check_shape("where", where, batch, "the batch of inputs")
-        mask = where.reshape(-1)
-    if isinstance(targets, SparseTargets):
-        checks.check_labels(targets.indices, shards * num_classes, where)
-        targets = _targets.invalid_as_nan(targets, shards * num_classes)
-    if axes:
-        targets = _masses.targets_of_shard(targets, axes, num_classes)
-    num_tokens = math.prod(batch)
-    targets = _masses.flattened(targets)
-    inputs = _masses.masked(inputs.reshape(num_tokens, features), mask)
-    dtype = wide_dtype(inputs.dtype, kernel.dtype)
-    w = jnp.ones(batch) if weights is None else checks.as_array("weights", weights)
-    checks.check_floating("weights", w)
-    checks.check_shape("weights", w, batch, "the batch of inputs")
-    w = _masses.masked(w.reshape(-1).astype(dtype), mask)
-
-    # In a shard_map, what meets in a loop must vary over the same devices. Mask and weights stay
-    # the same for all shards of the classes, and so do the losses.
-    of_logits, of_tokens = (inputs, kernel, bias, targets), (mask, w)
-    over = _mesh.varying_axes((of_logits, of_tokens))
-    transform, constants, over = converted(transform, dtype, over)
-    inputs, kernel, bias, targets = _mesh.varying(of_logits, over)
-    mask, w = _mesh.varying(of_tokens, over.difference(axes))
-    plan = _plan(num_tokens, features, num_classes, dtype.itemsize, memory_budget, shards)
-    head = Head(class_axis, transform, *plan, axes)
-    return Call(head, (inputs, Params(kernel, bias, constants), targets, mask), mask, w, batch)
+    return class_axis, (tuple(batch), num_classes)
 
 
-def reduced(call: Call, reduction: str) -> Float[Array, "*batch"]:
-    """Returns the losses of a Call, weighted and reduced."""
+def losses_of(arrays: Arrays, options: Options, reduction: str) -> Float[Array, "*batch"]:
+    """Returns the losses of a head, weighted and reduced."""
     checks.check(
         reduction in ("mean", "sum", "none"),
         f'reduction: expected "mean", "sum" or "none", got {reduction!r}',
     )
-
-    def losses(args, weights):
-        return _masses.times_mass(weights, _head.make_losses(call.head)(*args)[0])
-
-    def total(args, weights):
-        if reduction == "mean":
-            one = jnp.ones((), weights.dtype)
-            weights = weights * WeightedSum(one, weights.sum()).mean()
-        return _head.make_total(call.head)(*args, weights)
-
-    function, axes = (losses, (1,)) if reduction == "none" else (total, (0, 1))
-    out = _mesh.on_automatic_axes(function, call.args[0], axes)(call.args, call.weights)
-    return out.reshape(call.batch) if reduction == "none" else out
+    call = prepare(arrays, options)
+    if reduction == "none":
+        losses, _ = apply(HeadLosses(call.head), *call.args)
+        return times(call.weights, losses).reshape(arrays.inputs.shape[:-1])
+    weights = call.weights
+    if reduction == "mean":
+        weight = weights.sum()
+        weights = weights * jnp.where(weight == 0, 0, 1 / jnp.where(weight == 0, 1, weight))
+    return apply(HeadTotal(call.head), *call.args, weights)
 
 
-def _plan(num_tokens, features, num_classes, itemsize, memory_budget, shards=1):
-    """Returns (tokens in a chunk, classes in a block, whether logits can be kept)."""
+def _losses_and_stats(arrays, options):
+    call = prepare(arrays, options)
+    mass, mask = call.args[2:]
+    losses, log_normalizer, prediction, surprisal = apply(HeadLosses(call.head), *call.args)
+    prediction = prediction.astype(jnp.int32)
+    stats = LinearStats(
+        log_normalizer,
+        prediction,
+        mass.is_heaviest(prediction),
+        jnp.where(jnp.isnan(losses), losses, -surprisal),
+    )
+    batch = arrays.inputs.shape[:-1]
+    return jax.tree.map(lambda x: x.reshape(batch), (losses, masked(stats, mask)))
+
+
+def make_plan(
+    sizes: tuple[Any, Any, int], itemsize: int, memory_budget: int | None, shards: int = 1
+) -> tuple[int, int, bool]:
+    """Returns (tokens in a chunk, classes in a block, whether logits can be kept).
+
+    Args:
+      sizes: Tokens, features, and classes on this device.
+      itemsize: Bytes of a number in the arithmetic.
+      memory_budget: Bytes, or None.
+      shards: How many devices share the classes.
+    """
+    num_tokens, features, num_classes = sizes
     checks.check(
         memory_budget is None or (isinstance(memory_budget, int) and memory_budget >= 0),
-        f"memory_budget: expected a number of bytes or None, got {memory_budget!r}",
+        f"memory_budget: expected a number of bytes (an integer) or None, got {memory_budget!r}",
     )
-    default = _DEFAULT_BUDGET // shards
+    default = DEFAULT_BUDGET_BYTES // shards
     accumulator = itemsize * features * num_classes
     budget = default if memory_budget is None else max(memory_budget - accumulator, 0)
     row = itemsize * num_classes
     tokens = budget // 2 // row  # Half is for the logits that are kept.
-    keeps_logits = tokens >= min(num_tokens, _FEWEST)
+    keeps_logits = tokens >= min(num_tokens, MIN_BLOCK)
     if not keeps_logits:
         budget = default if memory_budget is None else memory_budget
-        tokens = _ENOUGH
+        tokens = RECOMPUTED_TOKENS
     tokens = _even(num_tokens, tokens)
     # A block has a few arrays of [tokens, classes], and of [features, classes].
     classes = budget // 4 // (itemsize * (2 * tokens + features))
     return tokens, _even(num_classes, classes), keeps_logits
 
 
-# Half a GiB of logits is where a larger matmul is no longer a faster one; 128 tokens or classes
-# are few enough for the smallest memory, and 1024 enough that reading the kernel costs little.
-_DEFAULT_BUDGET, _FEWEST, _ENOUGH = 2**29, 128, 1024
+DEFAULT_BUDGET_BYTES = 2**29
+"""Half a GiB of logits: a larger matmul is no longer a faster one."""
+
+MIN_BLOCK = 128
+"""So few tokens or classes make the smallest memory."""
+
+RECOMPUTED_TOKENS = 1024
+"""So many tokens of a chunk make the reading of the kernel cost little."""
 
 
 def _even(size: int, chunk: int) -> int:
     """Returns a chunk of about `chunk`, not below 128, that cuts `size` into even pieces."""
-    count = max(1, math.ceil(size / max(chunk, _FEWEST)))
-    return max(1, min(size, math.ceil(size / count / _FEWEST) * _FEWEST))
+    count = max(1, math.ceil(size / max(chunk, MIN_BLOCK)))
+    return max(1, min(size, math.ceil(size / count / MIN_BLOCK) * MIN_BLOCK))

@@ -1,14 +1,17 @@
 """Elementwise functions of logits: a soft cap, a temperature, or one's own."""
 
+import dataclasses
 from collections.abc import Callable, Hashable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.extend.core import ClosedJaxpr, Jaxpr, Var, jaxpr_as_fun
 from jaxtyping import ArrayLike
 
 from xentjax._jax import checks
-from xentjax._jax import mesh as _mesh
+from xentjax._jax import mesh as meshes
 
 LogitTransform = Callable[[jax.Array], jax.Array]
 """An elementwise function of logits."""
@@ -70,6 +73,38 @@ def temperature(tau: ArrayLike) -> LogitTransform:
     return lambda logits: logits / scale
 
 
+@dataclasses.dataclass(frozen=True)
+class Elementwise:
+    """A logit transform as a function (logits [N, V], *constants) -> logits.
+
+    Two of the same operations are equal, so that a lambda made anew for each call is not compiled
+    anew.
+
+    Attributes:
+      operations: The operations as text.
+      function: (logit, *constants) -> [logit].
+    """
+
+    operations: str
+    function: Callable[..., Any] = dataclasses.field(compare=False)
+
+    def __call__(self, logits: jax.Array, *constants: jax.Array) -> jax.Array:
+        """Returns the transform of every logit."""
+
+        def of_logit(z, *constants):
+            return self.function(*constants, z)[0]
+
+        function = of_logit
+        for _ in range(logits.ndim):
+            function = jax.vmap(function, in_axes=(0, *(None for _ in constants)))
+        return function(logits, *constants)
+
+
+def identity(logits: jax.Array) -> jax.Array:
+    """Returns the logits as they are."""
+    return logits
+
+
 def converted(
     transform: LogitTransform | None, dtype: jnp.dtype, over: frozenset[Hashable]
 ) -> tuple[Callable[..., jax.Array], list[jax.Array], frozenset[Hashable]]:
@@ -78,21 +113,89 @@ def converted(
     The third is the mesh axes that logits vary along: `over`, and those of the constants.
     """
     if transform is None:
-        return lambda logits: logits, [], over
+        return identity, [], over
     checks.check(
         callable(transform), f"logit_transform: expected a function, got {transform!r}", TypeError
     )
-    example = jax.ShapeDtypeStruct((1, 1), dtype)
-    out = jax.eval_shape(transform, example)
+    _check_elementwise(transform, dtype)
+    # The operations on one logit; `Elementwise` maps them over blocks of any shape.
+    logit = jnp.zeros((), dtype)
+    over = over | meshes.varying_axes(jax.make_jaxpr(transform)(logit).consts)
+    closed = jax.make_jaxpr(transform)(meshes.varying(logit, over))
+    constants = [jnp.asarray(c) for c in closed.consts]
+    # The text begins with the types of the constants, whose values are arguments.
+    types = ", ".join(str(jax.typeof(c)) for c in constants)
+    jaxpr = closed.jaxpr
+
+    def function(*args):
+        consts, logit = args[:-1], args[-1]
+        return jaxpr_as_fun(ClosedJaxpr(jaxpr, consts))(logit)
+
+    return Elementwise(f"[{types}] {jaxpr}", function), constants, over
+
+
+def _check_elementwise(transform, dtype):
+    """Raises TypeError or ValueError unless `transform` treats every logit alike and alone."""
+    example = jax.ShapeDtypeStruct(_EXAMPLE, dtype)
+    closed, out = jax.make_jaxpr(transform, return_shape=True)(example)
+    checks.check(
+        isinstance(out, jax.ShapeDtypeStruct),
+        "logit_transform: expected an elementwise function of logits, got one that returns "
+        f"{out!r}; call soft_cap(30.0) or temperature(0.7) first",
+        TypeError,
+    )
     checks.check(
         out.shape == example.shape and out.dtype == dtype,
         f"logit_transform: expected an elementwise function, {checks.describe(example)} to the "
         f"same, got {checks.describe(out)}",
     )
-    # Of one logit, then mapped over blocks of any shape.
-    logit = jnp.zeros((), dtype)
-    over = over | _mesh.varying_axes(jax.closure_convert(transform, logit)[1])
-    function, constants = jax.closure_convert(transform, _mesh.varying(logit, over))
-    for _ in range(2):
-        function = jax.vmap(function, in_axes=(0, *(None for _ in constants)))
-    return function, constants, over
+    mixing = _mixing_operation(closed.jaxpr, closed.jaxpr.invars)
+    checks.check(
+        mixing is None,
+        "logit_transform: expected an elementwise function, for it is applied to blocks of the "
+        f"logits, got one in which {mixing} mixes logits",
+    )
+
+
+_EXAMPLE = (2, 3)
+_SHAPE_KEEPING = frozenset(
+    (
+        "cumsum",
+        "cumprod",
+        "cummax",
+        "cummin",
+        "cumlogsumexp",
+        "dot_general",
+        "rev",
+        "sort",
+        "gather",
+    )
+)
+
+
+def _mixing_operation(jaxpr, logits):
+    """Returns the name of the first operation that mixes the entries of `logits`, or None."""
+    dependent = set(logits)
+    for equation in jaxpr.eqns:
+        used = [isinstance(x, Var) and x in dependent for x in equation.invars]
+        if not any(used):
+            continue
+        parameters = jax.tree.leaves(list(equation.params.values()), is_leaf=_is_jaxpr)
+        inner = [p for p in parameters if _is_jaxpr(p)]
+        for sub in inner:
+            sub = getattr(sub, "jaxpr", sub)
+            # A call has its operands at the end: constants of a loop or a branch come first.
+            flags = used[len(used) - len(sub.invars) :]
+            found = _mixing_operation(sub, [v for v, u in zip(sub.invars, flags) if u])
+            if found is not None:
+                return found
+        name = equation.primitive.name
+        shapes = {v.aval.shape for v in equation.outvars}
+        if name in _SHAPE_KEEPING or not shapes <= {_EXAMPLE}:
+            return name
+        dependent |= set(equation.outvars)
+    return None
+
+
+def _is_jaxpr(x):
+    return isinstance(x, Jaxpr | ClosedJaxpr)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float
 
 from xentjax._jax import arithmetic, checks
+from xentjax._jax.dtypes import wide_dtype
 
 
 @jax.tree_util.register_dataclass
@@ -87,7 +88,7 @@ class WeightedSum:
 
 @jax.jit
 def _add(a: WeightedSum, b: WeightedSum) -> WeightedSum:
-    dtype = arithmetic.wide_dtype(a.total.dtype, b.total.dtype)
+    dtype = wide_dtype(a.total.dtype, b.total.dtype)
     a, b = jax.tree.map(lambda x: x.astype(dtype), (a, b))
     total, *total_errors = arithmetic.add_expansions(
         (a.total, *a.total_errors), (b.total, *b.total_errors)
@@ -194,7 +195,7 @@ def _as_losses(name: str, losses: ArrayLike) -> jax.Array:
     """Returns losses in the dtype in which they are summed."""
     losses = checks.as_array(name, losses)
     checks.check_floating(name, losses)
-    return losses.astype(arithmetic.wide_dtype(losses.dtype))
+    return losses.astype(wide_dtype(losses.dtype))
 
 
 def _check_weights(name: str, weights: jax.Array, shape: tuple[int, ...], why: str) -> None:

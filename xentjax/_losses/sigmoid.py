@@ -8,6 +8,7 @@ With softplus(x) = max(x, 0) + log1p(exp(−|x|)):
     ∂loss/∂t   = −z
 """
 
+import dataclasses
 from collections.abc import Sequence
 
 import jax
@@ -15,7 +16,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float
 
 from xentjax._jax import arithmetic, checks
-from xentjax._jax.custom_vjp import custom_vjp
+from xentjax._jax.dtypes import wide_dtype
+from xentjax._jax.rule import Rule, apply
 
 
 def sigmoid_binary_cross_entropy(
@@ -151,7 +153,7 @@ def _as_binary(name, predictions, targets, where):
         where = checks.as_array("where", where, "a bool array")
         checks.check_bool("where", where)
         checks.check_shape("where", where, predictions.shape, f"that of {name}")
-    targets = targets.astype(arithmetic.wide_dtype(predictions.dtype))
+    targets = targets.astype(wide_dtype(predictions.dtype))
     checks.check_probabilities("targets", targets, where)
     return predictions, targets, where
 
@@ -172,22 +174,52 @@ def _binary_cross_entropy(probabilities, t):
     return t * yes + (1 - t) * no  # 0 less a logarithm is not −0.
 
 
-def _fwd(live, logits, targets):
-    del live
-    z = logits.astype(targets.dtype)
-    loss = _times(targets, z) + jnp.log1p(jnp.exp(-jnp.abs(z)))
-    return loss, (logits, targets)
+@dataclasses.dataclass(frozen=True)
+class _SigmoidCrossEntropy(Rule):
+    """(logits, targets) -> losses, element by element."""
+
+    def reference(self, logits, targets):
+        z = logits.astype(targets.dtype)
+        size = jnp.where(z < 0, -z, z)
+        wrong = jnp.where(z < 0, targets, 1 - targets)
+        return _times(wrong, size) + jnp.log1p(jnp.exp(-size))
+
+    def forward(self, backend, needs_grad, logits, targets):
+        del backend, needs_grad
+        z = logits.astype(targets.dtype)
+        return _linear(z, targets) + jnp.log1p(jnp.exp(-jnp.abs(z))), ()
+
+    def backward(self, backend, needs_grad, args, summary, cotangents):
+        """∂loss/∂z = (1 − t) · σ(z) − t · σ(−z), ∂loss/∂t = −z; no cotangent has no gradient."""
+        del backend, needs_grad, summary
+        logits, t = args
+        z = logits.astype(t.dtype)
+        small = jnp.exp(-jnp.abs(z))
+        up, down = jnp.where(z < 0, small, 1), jnp.where(z < 0, 1, small)
+        error = ((1 - t) * up - t * down) / (1 + small)
+        none = cotangents == 0
+        return tuple(jnp.where(none, 0, cotangents * slope) for slope in (error, -z))
 
 
-def _times(t, z):
+def _times(weight, size):
+    """Returns weight · size, whose value, and derivative to weight, has 0 · inf = 0.
+
+    weight · size = c · size + (weight − c) · size, where the constant c is weight.
+    """
+    c = jax.lax.stop_gradient(weight)
+    x, unit = _bounded(size)
+    return c * jnp.where((c == 0) & jnp.isinf(size), 0, size) + (weight - c) * x * unit
+
+
+def _linear(z, t):
     """Returns max((1 − t) · z, −t · z), with 0 · inf = 0; an ulp of 1 more or less is nothing.
 
     It does so without a choice, for which XLA's CPU backend (jaxlib 0.10.2) keeps arrays beside a
     sum. Two bounds in a row are a choice too, hence the half.
     """
-    half, unit = _bounded(z)
+    x, unit = _bounded(z)
     yes = t * unit
-    return jnp.maximum((unit - yes) * half, -yes * half)
+    return jnp.maximum((unit - yes) * x, -yes * x)
 
 
 def _bounded(z):
@@ -201,16 +233,6 @@ def _bounded(z):
     return half, 2 * unit
 
 
-def _bwd(live, residuals, cotangent):
-    """∂loss/∂z = (1 − t) · σ(z) − t · σ(−z), ∂loss/∂t = −z, and 0 · inf = 0."""
-    del live
-    logits, targets = residuals
-    z = logits.astype(targets.dtype)
-    small = jnp.exp(jnp.where(z < 0, z, -z))
-    up, down = jnp.where(z < 0, small, 1), jnp.where(z < 0, 1, small)
-    error = ((1 - targets) * up - targets * down) / (1 + small)
-    half, unit = _bounded(z)
-    return (cotangent * error).astype(logits.dtype), cotangent * -half * unit
-
-
-_sigmoid_cross_entropy = jax.jit(custom_vjp(lambda *args: _fwd(None, *args)[0], _fwd, _bwd))
+@jax.jit
+def _sigmoid_cross_entropy(logits, targets):
+    return apply(_SigmoidCrossEntropy(), logits, targets)

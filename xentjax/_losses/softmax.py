@@ -1,24 +1,20 @@
 """Cross-entropy from logits, for one class out of many."""
 
 import functools
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
 from xentjax._jax import checks
-from xentjax._jax import mesh as _mesh
-from xentjax._jax.custom_vjp import custom_vjp
-from xentjax._softmax import choice as _platform
-from xentjax._softmax import partial as _blocks
-from xentjax._targets import mass as _masses
-from xentjax._targets import types as _targets
-from xentjax._targets.types import SparseTargets, Targets
+from xentjax._jax import mesh as meshes
+from xentjax._jax.dtypes import wide_dtype
+from xentjax._jax.rule import apply
+from xentjax._losses import arguments
+from xentjax._softmax.cross_entropy import CrossEntropy, Entropy, masked
+from xentjax._targets.types import Targets
 
 
 class SoftmaxStats(NamedTuple):
@@ -80,7 +76,7 @@ def softmax_cross_entropy(
     Source:
       Bridle, Probabilistic Interpretation of Feedforward Classification Network Outputs, 1990.
     """
-    return _checked_call(_losses, logits, targets, axis, where)
+    return _call(_losses, logits, targets, axis, where)
 
 
 def softmax_cross_entropy_with_stats(
@@ -117,170 +113,43 @@ def softmax_cross_entropy_with_stats(
     Source:
       z-loss: Chowdhery et al., PaLM, 2022, section 5.
     """
-    return _checked_call(_losses_and_stats, logits, targets, axis, where)
+    return _call(_losses_and_stats, logits, targets, axis, where)
 
 
-def _checked_call(function, logits, targets, axis, where):
-    """Checks the arguments, all of it at trace time, and calls the jitted `function` on them."""
-    logits, axes = checked_logits("logits", logits, axis)
-    targets = _targets.as_targets(targets)
-    batch = tuple(n for a, n in enumerate(logits.shape) if a not in axes)
-    num_classes = math.prod(logits.shape[a] for a in axes)
-    if isinstance(targets, SparseTargets):
-        _targets.check_targets(targets, batch, num_classes)
-    else:
-        checks.check_shape("targets", targets, logits.shape, "dense targets: that of the logits")
-    if where is not None:
-        where = checks.as_mask(where, batch, logits.shape, "classes")
-    if isinstance(targets, SparseTargets):
-        examples = where if where is not None and where.shape == batch else None
-        checks.check_labels(targets.indices, num_classes, examples)
+def _call(function, logits, targets, axis, where):
+    """Returns function(logits, targets, where, axes=axes) of arrays."""
+    logits, axes = arguments.as_logits("logits", logits, axis)
+    targets = arguments.as_arrays(targets)
+    where = None if where is None else checks.as_array("where", where, "a bool array")
     function = functools.partial(function, axes=axes)
-    return _mesh.on_automatic_axes(function, logits, axes)(logits, targets, where)
+    return meshes.on_automatic_axes(function, logits, axes)(logits, targets, where)
 
 
-def checked_logits(
-    name: str, logits: ArrayLike, axis: int | Sequence[int]
-) -> tuple[jax.Array, tuple[int, ...]]:
-    """Returns logits as an array, and `axis` as a tuple of the axes of at least one class."""
-    logits = checks.as_array(name, logits)
-    checks.check_floating(name, logits)
-    axes = checks.canonical_axes(axis, logits.ndim)
-    checks.check(
-        all(logits.shape[a] > 0 for a in axes),
-        f"{name}: expected at least one class along axis {axis}, got {checks.describe(logits)}",
-    )
-    return logits, axes
+def _cross_entropy(logits, targets, where, axes):
+    """Returns (loss, lse), logits [..., V], mass and the mask of examples."""
+    z, mask = arguments.masked_logits(logits, where, axes)
+    mass = arguments.as_mass(targets, logits.shape, wide_dtype(z.dtype), mask, axes=axes)
+    # In a shard_map, all that may be differentiated varies over the same devices.
+    z, mass = meshes.varying((z, mass), meshes.varying_axes((z, mass, mask)))
+    return apply(CrossEntropy(), z, mass, mask), z, mass, mask
 
 
-def classes_last(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
-    """Returns x with `axes` moved to the end, in their order, and flattened into one."""
-    batch = [a for a in range(x.ndim) if a not in axes]
-    num_classes = math.prod(x.shape[a] for a in axes)
-    return x.transpose(*batch, *axes).reshape(*(x.shape[a] for a in batch), num_classes)
-
-
-def classes_back(x: jax.Array, shape: tuple[int, ...], axes: tuple[int, ...]) -> jax.Array:
-    """Undoes `classes_last` of an array of `shape`."""
-    order = [a for a in range(len(shape)) if a not in axes] + list(axes)
-    return x.reshape([shape[a] for a in order]).transpose(np.argsort(order))
-
-
-def _canonical(logits, targets, where, axes):
-    """Returns (logits [..., V], targets with NaN for invalid labels, mask of examples or None)."""
-    shape = logits.shape
-    logits = classes_last(logits, axes)
-    if isinstance(targets, SparseTargets):
-        targets = _targets.invalid_as_nan(targets, logits.shape[-1])
-    else:
-        targets = classes_last(targets, axes)
-    if where is not None and where.shape == shape:  # A class that is masked has z = −inf: p = 0.
-        return jnp.where(classes_last(where, axes), logits, -jnp.inf), targets, None
-    return logits, targets, where
-
-
-def _jit_unless_traced(function):
-    """Returns jitted `function`, which is itself where its caller is being traced.
-
-    Of a jitted function JAX traces the value before the derivative, though that has its own rule.
-    """
-    jitted = jax.jit(function, static_argnames="axes")
-
-    @functools.wraps(function)
-    def either(*args, axes):
-        traced = any(isinstance(x, Tracer) for x in jax.tree.leaves(args))
-        return (function if traced else jitted)(*args, axes=axes)
-
-    return either
-
-
-@_jit_unless_traced
+@arguments.jit_unless_traced("axes")
 def _losses(logits, targets, where, axes):
-    losses, _ = _cross_entropy(*_canonical(logits, targets, where, axes))
+    (losses, _), *_ = _cross_entropy(logits, targets, where, axes)
     return losses
 
 
-@_jit_unless_traced
+@arguments.jit_unless_traced("axes")
 def _losses_and_stats(logits, targets, where, axes):
-    logits, targets, mask = _canonical(logits, targets, where, axes)
-    losses, log_normalizer = _cross_entropy(logits, targets, mask)
-    prediction = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    correct = _masses.is_heaviest(targets, prediction, logits.shape[-1])
-    prediction_entropy = entropy(logits)
-    if mask is not None:
-        correct = correct & mask
-        prediction_entropy = jnp.where(mask, prediction_entropy, 0)
-    return losses, SoftmaxStats(log_normalizer, prediction, correct, prediction_entropy)
+    (losses, log_normalizer), z, mass, mask = _cross_entropy(logits, targets, where, axes)
+    prediction = jnp.argmax(z, axis=-1).astype(jnp.int32)
+    correct = mass.is_heaviest(prediction)
+    entropy = entropies(z, mask)
+    prediction, correct = masked((prediction, correct), mask)
+    return losses, SoftmaxStats(log_normalizer, prediction, correct, entropy)
 
 
-def _cross_entropy_fwd(live, logits, targets, mask):
-    out, block = _forward(logits, targets, mask, shares=live[0])
-    return out, (logits, targets, mask, block)
-
-
-@functools.partial(jax.jit, static_argnames="shares", inline=True)
-def _forward(logits, targets, mask, shares):
-    kept = _masses.kept(targets, mask, _blocks.wide_dtype(logits.dtype))
-    block = _platform.block_of(logits, kept, shares)
-    return _masses.masked((block.loss, block.log_normalizer), mask), block
-
-
-def cross_entropy_bwd(live, residuals, cotangent, axes=()):
-    """The backward rule, of (loss, log-normalizer) of classes that are split along mesh `axes`."""
-    live_logits, live_targets = live[0], any(jax.tree.leaves(live[1]))
-    return *_backward(residuals, cotangent, live_logits, live_targets, axes), None
-
-
-@functools.partial(jax.jit, static_argnames=("live_logits", "live_targets", "axes"), inline=True)
-def _backward(residuals, cotangent, live_logits, live_targets, axes):
-    logits, targets, mask, block = residuals
-    prepare = functools.partial(_masses.kept, mask=mask, dtype=block.m.dtype)
-    cotangent = _masses.masked(cotangent, mask)
-    logits_cotangent = targets_cotangent = None
-    if live_logits:
-        logits_cotangent = _platform.logits_cotangent(
-            block, logits, prepare(targets), *cotangent, shares=not axes
-        )
-        logits_cotangent = _masses.masked(logits_cotangent, mask)
-    if live_targets:
-        own = _mesh.varying(cotangent[0], axes)
-        targets_cotangent = _blocks.targets_cotangent(block, logits, targets, prepare, own)
-    return logits_cotangent, targets_cotangent
-
-
-def _cross_entropy_value(logits, targets, mask):
-    return _forward(logits, targets, mask, shares=False)[0]
-
-
-_cross_entropy = custom_vjp(_cross_entropy_value, _cross_entropy_fwd, cross_entropy_bwd)
-
-
-def _block_without_targets(logits):
-    """Returns the Block of logits that no target is set for."""
-    none = jnp.zeros((*logits.shape[:-1], 0))
-    return _platform.block_of(logits, SparseTargets(none.astype(jnp.int32), none))
-
-
-def surprisals(logits: jax.Array, axes: tuple[int, ...]) -> jax.Array:
-    """Returns lse(z) − z_v for every class, in the shape of the logits."""
-    z = classes_last(logits, axes)
-    return classes_back(_block_without_targets(z).surprisal(z), logits.shape, axes)
-
-
-def _entropy_fwd(live, logits):
-    del live
-    block = _block_without_targets(logits)
-    p = block.softmax(logits)
-    entropy = _masses.times_mass(p, block.surprisal(logits)).sum(-1)
-    return entropy, (logits, block, entropy)
-
-
-def _entropy_bwd(live, residuals, cotangent):
-    del live
-    logits, block, entropy = residuals
-    excess = block.surprisal(logits) - entropy[..., None]
-    gradient = _masses.times_mass(block.softmax(logits), excess)
-    return ((cotangent[..., None] * gradient).astype(logits.dtype),)
-
-
-entropy = custom_vjp(lambda logits: _entropy_fwd(None, logits)[0], _entropy_fwd, _entropy_bwd)
+def entropies(logits: jax.Array, mask: jax.Array | None) -> jax.Array:
+    """Returns the entropy of softmax(logits [..., V]), and 0 for examples masked out."""
+    return masked(apply(Entropy(), masked(logits, mask)), mask)

@@ -1,25 +1,19 @@
 """Cross-entropy with the classes split over devices."""
 
-import functools
-from collections.abc import Callable, Hashable
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float
 
-from xentjax._jax import checks
-from xentjax._jax import mesh as _mesh
-from xentjax._jax.custom_vjp import custom_vjp
+from xentjax._jax import mesh as meshes
+from xentjax._jax.dtypes import wide_dtype
 from xentjax._jax.mesh import AxisName
-from xentjax._losses import linear as _linear
-from xentjax._losses import softmax as _softmax
+from xentjax._jax.rule import apply
+from xentjax._losses import arguments, linear
 from xentjax._losses.logit_transform import LogitTransform
-from xentjax._softmax import choice as _platform
-from xentjax._softmax import partial as _blocks
-from xentjax._targets import mass as _masses
-from xentjax._targets import types as _targets
-from xentjax._targets.types import SparseTargets, Targets
+from xentjax._softmax.cross_entropy import CrossEntropy
+from xentjax._targets.types import Targets
 
 
 def vocab_parallel_softmax_cross_entropy(
@@ -73,30 +67,20 @@ def vocab_parallel_softmax_cross_entropy(
     Source:
       Shoeybi et al., Megatron-LM, 2019, section 3.
     """
-    logits, targets = checks.as_array("logits", logits), _targets.as_targets(targets)
-    axes = _mesh.axis_names(axis_name)
-    checks.check_floating("logits", logits)
-    checks.check(
-        logits.ndim > 0 and logits.shape[-1] > 0,
-        f"logits: expected at least one class on each device, got {checks.describe(logits)}",
-    )
-    _mesh.check_shards("logits", logits, axes)
-    batch, num_classes = logits.shape[:-1], logits.shape[-1] * jax.lax.axis_size(axes)
-    if isinstance(targets, SparseTargets):
-        _targets.check_targets(targets, batch, num_classes)
-        targets = _targets.invalid_as_nan(targets, num_classes)
-        targets = _masses.targets_of_shard(targets, axes, logits.shape[-1])
-    else:
-        fits = "dense targets: that of the shard of logits"
-        checks.check_shape("targets", targets, logits.shape, fits)
-    if where is not None:
-        where = checks.as_mask(where, batch, logits.shape, "the shard of classes")
-        if where.shape == logits.shape:
-            logits, where = jnp.where(where, logits, -jnp.inf), None
-    over = _mesh.varying_axes((logits, targets, where))
-    logits, targets = _mesh.varying((logits, targets), over)
-    where = _mesh.varying(where, over.difference(axes))
-    return _cross_entropy_over(axes)(logits, targets, where)
+    logits, axes = arguments.as_logits("logits", logits, -1)
+    mesh_axes = meshes.axis_names(axis_name)
+    meshes.check_shards("logits", logits, mesh_axes)
+    z, mask = arguments.masked_logits(logits, where, axes, "the shard of classes")
+    if where is not None and jnp.shape(where) == logits.shape:
+        # A shard may have no class left where another one has some.
+        mask = jax.lax.psum(mask.astype(jnp.int32), mesh_axes) > 0
+    dtype = wide_dtype(logits.dtype)
+    mass = arguments.as_mass(targets, logits.shape, dtype, mask, mesh_axes=mesh_axes)
+    over = meshes.varying_axes((z, mass, mask))
+    z, mass = meshes.varying((z, mass), over)
+    mask = meshes.varying(mask, over.difference(mesh_axes))
+    losses, _ = apply(CrossEntropy(mesh_axes), z, mass, mask)
+    return losses
 
 
 def vocab_parallel_linear_softmax_cross_entropy(
@@ -169,38 +153,10 @@ def vocab_parallel_linear_softmax_cross_entropy(
     Source:
       Shoeybi et al., Megatron-LM, 2019, section 3.
     """
-    kernel = checks.as_array("kernel", kernel)
-    axes = _mesh.axis_names(axis_name)
-    _mesh.check_shards("kernel", kernel, axes)
-    if bias is not None:
-        _mesh.check_shards("bias", checks.as_array("bias", bias), axes)
-    call = _linear.prepare(
-        inputs,
-        kernel,
-        targets,
-        bias,
-        class_axis,
-        where,
-        weights,
-        logit_transform,
-        memory_budget,
-        axes,
-    )
-    return _linear.reduced(call, reduction)
-
-
-@functools.cache
-def _cross_entropy_over(axes: tuple[Hashable, ...]) -> Callable[..., jax.Array]:
-    """Returns (logits, targets, mask) -> losses, of shards of the classes along mesh axes."""
-
-    def fwd(live, logits, targets, mask):
-        del live
-        kept = _masses.kept(targets, mask, _blocks.wide_dtype(logits.dtype))
-        block = _blocks.merge_over(_platform.block_of(logits, kept), axes)
-        return _masses.masked(block.loss, mask), (logits, targets, mask, block)
-
-    def bwd(live, residuals, cotangent):
-        of_loss_and_lse = cotangent, jnp.zeros_like(cotangent)
-        return _softmax.cross_entropy_bwd(live, residuals, of_loss_and_lse, axes)
-
-    return custom_vjp(lambda *args: fwd(None, *args)[0], fwd, bwd)
+    arrays = linear.as_arrays(inputs, kernel, targets, bias, where, weights)
+    axes = meshes.axis_names(axis_name)
+    meshes.check_shards("kernel", arrays.kernel, axes)
+    if arrays.bias is not None:
+        meshes.check_shards("bias", arrays.bias, axes)
+    options = linear.Options(class_axis, logit_transform, memory_budget, axes)
+    return linear.losses_of(arrays, options, reduction)

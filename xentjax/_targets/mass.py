@@ -1,134 +1,39 @@
-"""The arithmetic of target mass: what losses need to know of targets of any form.
+"""Target mass: one interface to dense and sparse targets, for the arithmetic of losses.
 
-Only the classes that hold mass are looked at, and no function makes an array [..., V] of its own.
+A mass is non-negative, t_v for each class v of each example. Both kinds are
+
+    t_v = density_v + Σ_k weights_k · [indices_k = v]
+
+Dense mass is all density. Sparse mass has points, and a density that is None, uniform, or a prior.
+No method makes an array [..., V] of its own from sparse mass without a prior.
 """
 
 import dataclasses
-import math
-from collections.abc import Callable, Hashable, Iterator
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
 
-from xentjax._targets import types as _targets
+from xentjax._targets import types
 from xentjax._targets.types import SparseTargets
 
-
-def backgrounds(
-    targets: SparseTargets, num_classes: int
-) -> Iterator[tuple[jax.Array, jax.Array | float]]:
-    """Yields (mass [...], distribution [V] or the scalar 1/V) for each background."""
-    mass, stacked = targets.background_mass, _targets.stacked_background(targets)
-    if mass is None:
-        return
-    if stacked is None:
-        yield mass, 1.0 / num_classes
-    else:
-        for b in range(stacked.shape[0]):
-            yield mass[..., b], stacked[b]
+SumOverClasses = Callable[[jax.Array], jax.Array]
+"""[..., V] -> [...]: a backend may sum in an order of its own."""
 
 
-def times_mass(mass: jax.Array | float, cost: jax.Array) -> jax.Array:
-    """Returns mass · cost with 0 · inf = 0."""
-    return mass * jnp.where((mass == 0) & jnp.isposinf(cost), 0, cost)
+def sum_over_classes(x: jax.Array) -> jax.Array:
+    """Returns Σ_v x_v, [...]."""
+    return x.sum(-1)
 
 
-class Sums:
-    """Sums over classes, as they are written; `_one_cpu` has others, in another order.
-
-    Functions given are elementwise and close over no arrays; arrays are [..., V], or [..., 1] and
-    what else broadcasts; sums are [...].
-    """
-
-    def over_classes(self, function: Callable[..., jax.Array], *arrays: jax.Array) -> jax.Array:
-        """Returns Σ_v function(*arrays)_v."""
-        return opaque(function(*arrays).sum(-1))
-
-    def expectation(
-        self, t: jax.Array, cost: Callable[..., jax.Array], z: jax.Array, *rows: jax.Array
-    ) -> jax.Array:
-        """Returns Σ_v t_v · cost(z, *rows)_v, with 0 · inf = 0."""
-        return opaque(times_mass(t, cost(z, *rows)).sum(-1))
-
-    def below(self, t: jax.Array, z: jax.Array, top: jax.Array) -> jax.Array:
-        """Returns Σ_{v: z_v < top} t_v, where one z alone is the largest: top, [..., 1]."""
-        return opaque(jnp.where(z < top, t, 0).sum(-1))
+def times(mass: jax.Array, cost: jax.Array) -> jax.Array:
+    """Returns mass · cost with 0 · inf = 0, in derivatives too."""
+    return mass * jnp.where((mass == 0) & jnp.isposinf(cost), jnp.zeros_like(cost), cost)
 
 
-SUMS = Sums()
-
-
-def opaque(x: jax.Array) -> jax.Array:
-    """Returns x, of which the compiler does not know that it is x.
-
-    XLA's CPU backend makes one kernel of a sum and those after it, be it the sum over chunks or the
-    mean of the losses, and that is slow, or runs on one core. A choice between a number and itself
-    keeps them apart.
-    """
-    return jnp.where(jnp.isnan(x), jnp.nan, x)
-
-
-def expectation(
-    targets: jax.Array | SparseTargets,
-    logits: jax.Array,
-    cost: Callable[..., jax.Array],
-    *rows: jax.Array,
-    sums: Sums = SUMS,
-) -> jax.Array:
-    """Returns Σ_v t_v · cost(z, *rows)_v, [...]: every cross-entropy is this one sum.
-
-    Only the classes that hold mass are looked at.
-
-    Args:
-      targets: The mass, ready for arithmetic.
-      logits: z, [..., V].
-      cost: Elementwise; it closes over no arrays.
-      rows: What the cost needs to know of each example, [..., 1].
-      sums: How sums over all classes are made.
-    """
-    if not isinstance(targets, SparseTargets):
-        return sums.expectation(targets, cost, logits, *rows)
-    picked = at_classes(logits, targets.indices)
-    total = times_mass(targets.weights, cost(picked, *rows)).sum(-1)
-    for mass, distribution in backgrounds(targets, logits.shape[-1]):
-        if isinstance(distribution, jax.Array):
-            total += times_mass(mass, sums.expectation(distribution, cost, logits, *rows))
-        else:
-            total += times_mass(mass * distribution, sums.over_classes(cost, logits, *rows))
-    return total
-
-
-def mass_below(
-    targets: jax.Array | SparseTargets, logits: jax.Array, top: jax.Array, sums: Sums = SUMS
-) -> jax.Array:
-    """Returns Σ_{v: z_v < m} t_v, [...], where one class alone has the largest logit m = top."""
-    if not isinstance(targets, SparseTargets):
-        return sums.below(targets, logits, top)
-    picked = at_classes(logits, targets.indices)
-    total = jnp.where(picked < top, targets.weights, 0).sum(-1)
-    for mass, distribution in backgrounds(targets, logits.shape[-1]):
-        if isinstance(distribution, jax.Array):
-            total += mass * sums.below(distribution, logits, top)
-        else:
-            total += mass * (1 - distribution)
-    return total
-
-
-def total_mass(
-    targets: jax.Array | SparseTargets, num_classes: int, sums: Sums = SUMS
-) -> jax.Array:
-    """Returns T = Σ_v t_v, [...]."""
-    if not isinstance(targets, SparseTargets):
-        return sums.over_classes(lambda t: t, targets)
-    total = targets.weights.sum(-1)
-    for mass, distribution in backgrounds(targets, num_classes):
-        total += mass if targets.background is None else mass * jnp.sum(distribution)
-    return total
-
-
-def at_classes(x: jax.Array, indices: jax.Array) -> jax.Array:
-    """Returns x[..., indices_k], [..., K], of x [..., V]; the indices must be valid."""
+def at_classes(x: jax.Array, classes: jax.Array) -> jax.Array:
+    """Returns x[..., classes_j], [..., J], of x [..., V]; the classes must be valid."""
     batch = tuple(range(x.ndim - 1))
     numbers = jax.lax.GatherDimensionNumbers(
         offset_dims=(),
@@ -138,176 +43,301 @@ def at_classes(x: jax.Array, indices: jax.Array) -> jax.Array:
         start_indices_batching_dims=batch,
     )
     sizes = (1,) * x.ndim
-    return jax.lax.gather(x, indices[..., None], numbers, sizes, mode="promise_in_bounds")
+    return jax.lax.gather(x, classes[..., None], numbers, sizes, mode="promise_in_bounds")
 
 
-def masked(tree: Any, mask: jax.Array | None) -> Any:
-    """Returns `tree` with 0 in the examples masked out; its arrays are [...] or [..., K]."""
-    if mask is None:
-        return tree
-    return jax.tree.map(
-        lambda x: jnp.where(_targets.expand_like(mask, x), x, jnp.zeros_like(x)), tree
-    )
+def at_class(x: jax.Array, classes: jax.Array) -> jax.Array:
+    """Returns x[..., c], [...], for one class c of each example."""
+    return at_classes(x, classes[..., None])[..., 0]
 
 
-def kept(
-    targets: jax.Array | SparseTargets, mask: jax.Array | None, dtype: jax.typing.DTypeLike
-) -> jax.Array | SparseTargets:
-    """Returns targets in the dtype of the arithmetic, without mass where masked out."""
-    targets = _targets.map_masses(lambda mass: masked(mass.astype(dtype), mask), targets)
-    if isinstance(targets, SparseTargets) and targets.background is not None:
-        return dataclasses.replace(targets, background=targets.background.astype(dtype))
-    return targets
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class DenseMass:
+    """A mass for every class, float[..., V]."""
+
+    masses: jax.Array
+
+    has_prior = True  # Any class may be heavy.
+    points = None
+
+    def total(self, add: SumOverClasses = sum_over_classes) -> jax.Array:
+        """Returns T = Σ_v t_v, [...]."""
+        return add(self.masses)
+
+    def excess(
+        self, logits: jax.Array, top: jax.Array, add: SumOverClasses = sum_over_classes
+    ) -> jax.Array:
+        """Returns Σ_v t_v · (top − z_v), [...], with 0 · inf = 0."""
+        return add(times(self.masses, top[..., None] - logits))
+
+    def below(self, logits: jax.Array, top: jax.Array) -> jax.Array:
+        """Returns Σ_{v: z_v < top} t_v, [...]."""
+        return _where_below(self.masses, logits, top)
+
+    def density(self) -> jax.Array:
+        """Returns the mass on each class, [..., V]."""
+        return self.masses
+
+    def heaviest(self) -> jax.Array:
+        """Returns the class of the largest mass, int32[...]: for labels, the label itself."""
+        return jnp.argmax(self.masses, axis=-1).astype(jnp.int32)
+
+    def is_heaviest(self, classes: jax.Array) -> jax.Array:
+        """Returns whether no class has more mass than the one given for each example."""
+        return at_class(self.masses, classes) >= self.masses.max(-1)
+
+    def block(self, start: jax.typing.ArrayLike, size: int) -> Self:
+        """Returns the mass on the classes [start, start + size) as mass on these alone."""
+        return type(self)(jax.lax.dynamic_slice_in_dim(self.masses, start, size, axis=-1))
+
+    def map_masses(self, function: Callable[[jax.Array], jax.Array]) -> Self:
+        """Returns function of all arrays of mass, [..., V]."""
+        return type(self)(function(self.masses))
+
+    def map_examples(self, function: Callable[[Any], Any]) -> Self:
+        """Returns function of all arrays that have the batch's axes."""
+        return type(self)(function(self.masses))
+
+    def astype(self, dtype: jax.typing.DTypeLike) -> Self:
+        """Returns the mass in another dtype."""
+        return type(self)(self.masses.astype(dtype))
 
 
-def background_over(targets: SparseTargets, num_classes: int) -> jax.Array | None:
-    """Returns the background's mass on every class: [..., V], [..., 1] if uniform, None if none."""
-    total = None
-    for mass, distribution in backgrounds(targets, num_classes):
-        added = mass[..., None] * distribution
-        total = added if total is None else total + added
-    return total
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SparseMass:
+    """Mass on points, and a background, on all classes or on a block of them.
 
-
-def mass_at(targets: SparseTargets, classes: jax.Array, num_classes: int) -> jax.Array:
-    """Returns the mass that sparse targets have on classes int[..., J], as float[..., J]."""
-    same = classes[..., :, None] == targets.indices[..., None, :]
-    total = jnp.where(same, targets.weights[..., None, :], 0).sum(-1)
-    for mass, distribution in backgrounds(targets, num_classes):
-        share = distribution[classes] if isinstance(distribution, jax.Array) else distribution
-        total += mass[..., None] * share
-    return total
-
-
-def is_heaviest(targets, prediction, num_classes):
-    """Returns whether no class holds more target mass than `prediction` does."""
-    if not isinstance(targets, SparseTargets):
-        held = at_classes(targets, prediction[..., None])[..., 0]
-        return held == targets.max(-1)
-
-    heaviest = mass_at(targets, targets.indices, num_classes).max(-1, initial=0)
-    background = background_over(targets, num_classes)
-    if background is not None:  # It may be the heaviest alone.
-        heaviest = jnp.maximum(heaviest, background.max(-1))
-    return mass_at(targets, prediction[..., None], num_classes)[..., 0] >= heaviest
-
-
-def put_at(x: jax.Array, indices: jax.Array, values: jax.Array) -> jax.Array:
-    """Returns x [..., V] with x[..., indices_k] = values_k; equal indices have equal values.
-
-    A choice in the loop that writes x is what compilers fuse best, if there are few of them.
+    Attributes:
+      indices: Valid classes, int32[..., K] with K > 0.
+      weights: Their mass, float[..., K].
+      background_mass: None, float[...] for a uniform background, float[..., B] for priors.
+      prior: None, or the distributions of the background, float[B, V], which examples share.
+      size: How many classes the mass is on.
+      num_classes: How many classes there are in all.
     """
-    if indices.shape[-1] > FEW:
-        return scattered(x, indices, values)
-    classes = jax.lax.broadcasted_iota(indices.dtype, x.shape, x.ndim - 1)
-    for k in range(indices.shape[-1]):
-        x = jnp.where(classes == indices[..., k, None], values[..., k, None], x)
-    return x
+
+    indices: jax.Array
+    weights: jax.Array
+    background_mass: jax.Array | None
+    prior: jax.Array | None
+    size: int = dataclasses.field(metadata={"static": True})
+    num_classes: int = dataclasses.field(metadata={"static": True})
+
+    @property
+    def has_prior(self) -> bool:
+        """Whether a class may be heavy that is no point."""
+        return self.prior is not None
+
+    @property
+    def points(self) -> tuple[jax.Array, jax.Array]:
+        """(indices, weights)."""
+        return self.indices, self.weights
+
+    @property
+    def batch_shape(self) -> tuple[int, ...]:
+        """The shape of one loss per example."""
+        return self.indices.shape[:-1]
+
+    def total(self, add: SumOverClasses = sum_over_classes) -> jax.Array:
+        """Returns T = Σ_v t_v, [...]."""
+        del add
+        total = self.weights.sum(-1)
+        if self.background_mass is None:
+            return total
+        if self.prior is None:
+            return total + self._uniform(self.size)
+        return total + (self.background_mass * self._of_batch(self.prior.sum(-1))).sum(-1)
+
+    def excess(
+        self, logits: jax.Array, top: jax.Array, add: SumOverClasses = sum_over_classes
+    ) -> jax.Array:
+        """Returns Σ_v t_v · (top − z_v), [...], with 0 · inf = 0."""
+        picked = at_classes(logits, self.indices).astype(top.dtype)
+        total = times(self.weights, top[..., None] - picked).sum(-1)
+        if self.background_mass is None:
+            return total
+        gaps = top[..., None] - logits.astype(top.dtype)
+        if self.prior is None:
+            return total + times(self._uniform(1), add(gaps))
+        for b in range(self.prior.shape[0]):
+            cost = add(times(jnp.broadcast_to(self._of_batch(self.prior[b]), gaps.shape), gaps))
+            total = total + times(self.background_mass[..., b], cost)
+        return total
+
+    def below(self, logits: jax.Array, top: jax.Array) -> jax.Array:
+        """Returns Σ_{v: z_v < top} t_v, [...]."""
+        picked = at_classes(logits, self.indices).astype(top.dtype)
+        total, density = _where_below(self.weights, picked, top), self.density()
+        return total if density is None else total + _where_below(density, logits, top)
+
+    def density(self) -> jax.Array | None:
+        """Returns the background's mass on each class: [..., V], [..., 1] if uniform, or None."""
+        if self.background_mass is None:
+            return None
+        if self.prior is None:
+            return self._uniform(1)[..., None]
+        share, prior = self.background_mass[..., None], self._of_batch(self.prior)
+        return sum(share[..., b, :] * prior[..., b, :] for b in range(self.prior.shape[0]))
+
+    def leader(self, logits: jax.Array) -> jax.Array:
+        """Returns the class of the largest logit among the points that have weight, int32[...].
+
+        Where there is no prior, no other class can have p and t both near their largest.
+        """
+        z = at_classes(logits, self.indices)
+        z = jnp.where(self.weights == 0, jnp.full_like(z, -jnp.inf), z)
+        return at_class(self.indices, jnp.argmax(z, axis=-1))
+
+    def at(self, classes: jax.Array) -> jax.Array:
+        """Returns t_c, [...], for one class c of each example, without the density."""
+        same = self.indices == classes[..., None]
+        return jnp.where(same, self.weights, jnp.zeros_like(self.weights)).sum(-1)
+
+    def beside(self, classes: jax.Array) -> jax.Array:
+        """Returns Σ_{v≠c} t_v, [...], for one class c of each example, where there is no prior."""
+        other = self.indices != classes[..., None]
+        total = jnp.where(other, self.weights, jnp.zeros_like(self.weights)).sum(-1)
+        return total if self.background_mass is None else total + self._uniform(self.size - 1)
+
+    def heaviest(self) -> jax.Array:
+        """Returns the class of the largest mass among the points: for labels, the label itself."""
+        return at_class(self.indices, jnp.argmax(self._at_points(), axis=-1))
+
+    def is_heaviest(self, classes: jax.Array) -> jax.Array:
+        """Returns whether no class has more mass than the one given for each example."""
+        density, most = self.density(), self._at_points().max(-1)
+        if density is not None:  # The background may be the heaviest alone.
+            most = jnp.maximum(most, density.max(-1))
+        return self._at_with_density(classes) >= most
+
+    def _at_points(self):
+        """Returns the mass on the class of each point, [..., K], in memory linear in K."""
+        classes = jnp.moveaxis(self.indices, -1, 0)
+        if classes.shape[0] == 1:
+            return self._at_with_density(classes[0])[..., None]
+        return jnp.moveaxis(jax.lax.map(self._at_with_density, classes), 0, -1)
+
+    def _at_with_density(self, classes):
+        density = self.density()
+        if density is None:
+            return self.at(classes)
+        here = density[..., 0] if self.prior is None else at_class(density, classes)
+        return self.at(classes) + here
+
+    def block(self, start: jax.typing.ArrayLike, size: int) -> Self:
+        """Returns the mass on the classes [start, start + size) as mass on these alone."""
+        indices = self.indices - start
+        inside = types.is_valid(indices, size)
+        prior = self.prior
+        if prior is not None:
+            prior = jax.lax.dynamic_slice_in_dim(prior, start, size, axis=-1)
+        return dataclasses.replace(
+            self,
+            indices=jnp.clip(indices, 0, size - 1),
+            weights=jnp.where(inside, self.weights, jnp.zeros_like(self.weights)),
+            prior=prior,
+            size=size,
+        )
+
+    def map_masses(self, function: Callable[[jax.Array], jax.Array]) -> Self:
+        """Returns the mass with function(x) for every array x of mass, [..., n]."""
+        mass = self.background_mass
+        if mass is not None:
+            mass = function(mass) if self.prior is not None else function(mass[..., None])[..., 0]
+        return dataclasses.replace(self, weights=function(self.weights), background_mass=mass)
+
+    def map_examples(self, function: Callable[[jax.Array], jax.Array]) -> Self:
+        """Returns the mass with function(x) for every array x that has the batch's axes."""
+        mass = self.background_mass
+        return dataclasses.replace(
+            self,
+            indices=function(self.indices),
+            weights=function(self.weights),
+            background_mass=None if mass is None else function(mass),
+        )
+
+    def astype(self, dtype: jax.typing.DTypeLike) -> Self:
+        """Returns the mass in another dtype."""
+        mass = self.map_masses(lambda x: x.astype(dtype))
+        return (
+            mass
+            if mass.prior is None
+            else dataclasses.replace(mass, prior=mass.prior.astype(dtype))
+        )
+
+    def _uniform(self, classes):
+        """Returns the mass of a uniform background on so many classes."""
+        share = jnp.asarray(classes / self.num_classes, self.weights.dtype)
+        return self.background_mass * share
+
+    def _of_batch(self, x):
+        """Returns x with axes of size 1 in front, to stand against arrays of the batch."""
+        return x.reshape((1,) * len(self.batch_shape) + x.shape)
 
 
-FEW = 4
+Mass = DenseMass | SparseMass
 
 
-def scattered(x: jax.Array, indices: jax.Array, values: jax.Array) -> jax.Array:
-    """Returns what `put_at` does, in place of x if it can be."""
-    # The scatter's transpose needs distinct indices: repeats go out of range and are dropped.
-    out_of_range = x.shape[-1] + jnp.arange(indices.shape[-1])
-    indices = jnp.where(is_repeated(indices), out_of_range, indices)
-    return x.at[rows_and(indices)].set(values, mode="drop", unique_indices=True)
+def _where_below(mass, logits, top):
+    return jnp.where(logits < top[..., None], mass, jnp.zeros_like(mass)).sum(-1)
 
 
-def at_distinct(x: jax.Array, indices: jax.Array) -> jax.Array:
-    """Returns x[..., indices_k], with −inf in the place of an index that was there before."""
-    return jnp.where(is_repeated(indices), -jnp.inf, at_classes(x, indices))
+def mass_of(
+    targets: jax.Array | SparseTargets,
+    num_classes: int,
+    dtype: jax.typing.DTypeLike,
+    mask: jax.Array | None,
+) -> Mass:
+    """Returns the mass of checked targets in the dtype of the arithmetic.
+
+    Masked examples have none. A class outside [0, V) has a NaN weight, so that its loss and its
+    gradient are NaN.
+    """
+
+    def masked(x):
+        return x if mask is None else jnp.where(mask[..., None], x, jnp.zeros_like(x))
+
+    if not isinstance(targets, SparseTargets):
+        return DenseMass(masked(targets.astype(dtype)))
+    indices, weights = targets.indices, targets.weights.astype(dtype)
+    if indices.shape[-1] == 0:
+        indices = jnp.zeros((*indices.shape[:-1], 1), jnp.int32)
+        weights = jnp.zeros(indices.shape, dtype)
+    usable = types.is_valid(indices, num_classes)
+    if mask is not None:  # A NaN that a mask takes away is not made in the first place.
+        usable |= ~mask[..., None]
+    weights = jnp.where(usable, masked(weights), jnp.full_like(weights, jnp.nan))
+    background_mass, prior = targets.background_mass, types.stacked_background(targets)
+    if background_mass is not None:
+        background_mass = background_mass.astype(dtype)
+        if mask is not None:
+            keep = types.expand_like(mask, background_mass)
+            background_mass = jnp.where(keep, background_mass, jnp.zeros_like(background_mass))
+        prior = None if prior is None else prior.astype(dtype)
+    indices = jnp.clip(indices, 0, num_classes - 1)
+    return SparseMass(indices, weights, background_mass, prior, num_classes, num_classes)
 
 
-def is_repeated(indices: jax.Array) -> jax.Array:
-    """Returns where an index [..., K] is one of those before it too."""
-    if indices.shape[-1] < 2:
-        return jnp.zeros(indices.shape, bool)
-    order = jnp.arange(indices.shape[-1])
-    same = indices[..., :, None] == indices[..., None, :]
-    return (same & (order[:, None] > order)).any(-1)
+def label_mass(labels: jax.Array, num_classes: int, dtype: jax.typing.DTypeLike) -> SparseMass:
+    """Returns mass 1 on one valid class of each example."""
+    indices = labels[..., None]
+    return SparseMass(indices, jnp.ones(indices.shape, dtype), None, None, num_classes, num_classes)
+
+
+def add_at(x: jax.Array, classes: jax.Array, values: jax.Array) -> jax.Array:
+    """Returns x [..., V] with values_j added at classes_j, [..., J], in place if it can be."""
+    return x.at[rows_and(classes)].add(values, mode="promise_in_bounds")
+
+
+def set_at(x: jax.Array, classes: jax.Array, values: jax.Array) -> jax.Array:
+    """Returns x [..., V] with one class of each example set to a value, [...]."""
+    where = rows_and(classes[..., None])
+    return x.at[where].set(values[..., None], mode="promise_in_bounds", unique_indices=True)
 
 
 def rows_and(indices: jax.Array) -> tuple[jax.Array, ...]:
-    """Returns what indexes the classes `indices` [..., K] of an array [..., V]."""
+    """Returns the index of the classes `indices`, [..., K], of an array [..., V]."""
     rows = jnp.meshgrid(*map(jnp.arange, indices.shape), indexing="ij", sparse=True)[:-1]
     return (*rows, indices)
-
-
-def flattened(targets: jax.Array | SparseTargets) -> jax.Array | SparseTargets:
-    """Returns targets with one axis of examples."""
-    axes = len(_targets.batch_of(targets))
-    size = math.prod(_targets.batch_of(targets))
-
-    return _targets.map_examples(lambda x: x.reshape(size, *x.shape[axes:]), targets)
-
-
-def rows_of(tree: Any, first: jax.typing.ArrayLike, size: int) -> Any:
-    """Returns rows [first, first + size) of the arrays and flat targets of `tree`."""
-
-    def cut(x):
-        if isinstance(x, SparseTargets):
-            return _targets.map_examples(cut, x)
-        if x.shape[0] == size:
-            return x
-        return jax.lax.dynamic_slice_in_dim(x, first, size, 0)
-
-    return jax.tree.map(cut, tree, is_leaf=lambda x: isinstance(x, SparseTargets))
-
-
-def heaviest_class(targets: jax.Array | SparseTargets, num_classes: int) -> jax.Array:
-    """Returns the class of the largest mass, int32[...]: for labels, the label itself.
-
-    Of sparse targets it is one of the K, or 0 where there is none.
-    """
-    if not isinstance(targets, SparseTargets):
-        return jnp.argmax(targets, axis=-1).astype(jnp.int32)
-    if targets.indices.shape[-1] == 0:
-        return jnp.zeros(_targets.batch_of(targets), jnp.int32)
-    best = jnp.argmax(mass_at(targets, targets.indices, num_classes), axis=-1)
-    return at_classes(targets.indices, best[..., None])[..., 0]
-
-
-def targets_of_block(
-    targets: jax.Array | SparseTargets,
-    start: jax.typing.ArrayLike,
-    size: int,
-    num_classes: int,
-) -> jax.Array | SparseTargets:
-    """Returns the mass on the classes [start, start + size) as targets of those classes alone.
-
-    Blocks that cut [0, num_classes) up hold all the mass between them, each part once. Sparse
-    indices must be valid, as `invalid_as_nan` leaves them.
-
-    Args:
-      targets: Dense [..., V], or SparseTargets.
-      start: The block's first class, an int32 scalar that may be traced.
-      size: How many classes; start + size ≤ V.
-      num_classes: V.
-    """
-    if not isinstance(targets, SparseTargets):
-        return jax.lax.dynamic_slice_in_dim(targets, start, size, axis=-1)
-    indices = targets.indices - start
-    inside = _targets.is_valid(indices, size)
-    mass, background = targets.background_mass, targets.background
-    if mass is not None and background is None:
-        mass = mass * (size / num_classes)
-    elif background is not None:
-        background = jax.lax.dynamic_slice_in_dim(background, start, size, axis=-1)
-    weights = jnp.where(inside, targets.weights, 0)
-    return SparseTargets(jnp.clip(indices, 0, size - 1), weights, mass, background, size)
-
-
-def targets_of_shard(
-    targets: jax.Array | SparseTargets, axes: tuple[Hashable, ...], size: int
-) -> jax.Array | SparseTargets:
-    """Returns the mass on this device's `size` classes as targets of those classes alone.
-
-    Sparse targets are of all classes, their indices valid; dense ones are this device's already.
-    """
-    if not isinstance(targets, SparseTargets):
-        return targets
-    start, shards = jax.lax.axis_index(axes) * size, jax.lax.axis_size(axes)
-    return targets_of_block(targets, start, size, shards * size)

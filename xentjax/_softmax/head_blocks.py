@@ -1,0 +1,282 @@
+"""What both ways of the fused head are made of: logits of a block, and their pull-back."""
+
+import dataclasses
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from xentjax._jax import mesh as meshes
+from xentjax._jax.dtypes import wide, wide_dtype
+from xentjax._jax.rule import Backend
+from xentjax._softmax import partial, plan
+from xentjax._softmax.partial import PartialSoftmax
+from xentjax._targets.mass import DenseMass, Mass, SparseMass
+
+
+@dataclasses.dataclass(frozen=True)
+class Head:
+    """The static side of a head: its layout, and how much of it is in memory at once.
+
+    Attributes:
+      class_axis: The axis of the kernel that counts classes.
+      transform: (raw logits, *constants) -> logits, elementwise.
+      tokens: Tokens in a chunk.
+      classes: Classes in a block.
+      keeps_logits: Whether there is memory for the way that keeps the logits of a chunk.
+      axes: Mesh axes that the classes are split over.
+      with_stats: Whether predictions and the labels' surprisals are asked for.
+    """
+
+    class_axis: int
+    transform: Callable[..., jax.Array]
+    tokens: int
+    classes: int
+    keeps_logits: bool
+    axes: tuple[Hashable, ...] = ()
+    with_stats: bool = False
+
+
+class Params(NamedTuple):
+    """The arrays of a head: kernel, bias or None, and the constants of the logit transform."""
+
+    kernel: Any
+    bias: Any
+    constants: Any
+
+
+def num_classes_of(head: Head, params: Params) -> int:
+    """Returns how many classes the kernel has, on this device."""
+    return params.kernel.shape[head.class_axis]
+
+
+def raw_logits(head: Head, inputs: jax.Array, params: Params) -> jax.Array:
+    """Returns inputs @ kernel + bias, summed in float32 at least."""
+    raw = _dot(inputs, params.kernel, 1, 1 - head.class_axis)
+    return raw if params.bias is None else raw + params.bias.astype(raw.dtype)[None]
+
+
+def logits_of(head: Head, inputs: jax.Array, params: Params) -> jax.Array:
+    """Returns the logits of some tokens and classes."""
+    return head.transform(raw_logits(head, inputs, params), *params.constants)
+
+
+def summary_of_block(
+    head: Head, raw: jax.Array, params: Params, mass: Mass, with_gradient: bool, backend: Backend
+) -> PartialSoftmax:
+    """Returns the PartialSoftmax of a block's raw logits."""
+    return plan.summarise(head.transform(raw, *params.constants), mass, with_gradient, backend)
+
+
+def over_devices(head: Head, part: PartialSoftmax) -> PartialSoftmax:
+    """Returns the PartialSoftmax of the classes of all devices."""
+    return partial.merge_over(part, head.axes) if head.axes else part
+
+
+class TokenGradient(NamedTuple):
+    """What the gradient of some tokens is made from.
+
+    Attributes:
+      whole: The PartialSoftmax of all classes.
+      loss_cotangent: [N].
+      lse_cotangent: [N].
+    """
+
+    whole: PartialSoftmax
+    loss_cotangent: jax.Array
+    lse_cotangent: jax.Array
+
+
+def pull_back(
+    head: Head,
+    needs_grad: tuple[Any, ...],
+    inputs: jax.Array,
+    params: Params,
+    raw: jax.Array,
+    mass: Mass,
+    tokens: TokenGradient,
+    backend: Backend,
+) -> tuple[jax.Array | None, Params]:
+    """Returns the cotangents of (inputs, params) by the classes of one block, in float32.
+
+    `raw` are the block's logits before the transform; `params` and `mass` are those of the block.
+    """
+    needs_inputs, needs_params = needs_grad[:2]
+    logits, transpose = jax.vjp(head.transform, raw, *params.constants)
+    raw_cotangent, *constants = transpose(
+        plan.gradient(tokens.whole, logits, mass, *tokens[1:], backend)
+    )
+    dtype = jnp.promote_types(inputs.dtype, params.kernel.dtype)
+    operand = raw_cotangent.astype(dtype)
+    pair = (operand, inputs) if head.class_axis == 0 else (inputs, operand)
+    dx = _dot(operand, params.kernel, 1, head.class_axis) if needs_inputs else None
+    needed = zip(constants, needs_params.constants, strict=True)
+    return dx, Params(
+        kernel=_dot(*pair, 0, 0) if needs_params.kernel else None,
+        bias=raw_cotangent.sum(0) if needs_params.bias else None,
+        constants=[c if needs else None for c, needs in needed],
+    )
+
+
+def _dot(a, b, a_axis, b_axis):
+    """Contracts two matrices: operands in their common dtype, the sum in float32 at least."""
+    dtype = jnp.promote_types(a.dtype, b.dtype)
+    axes = (((a_axis,), (b_axis,)), ((), ()))
+    return jax.lax.dot_general(
+        a.astype(dtype), b.astype(dtype), axes, preferred_element_type=wide_dtype(dtype)
+    )
+
+
+def classes_of(head: Head, params: Params, start: Any, size: int) -> Params:
+    """Returns the params of the classes [start, start + size)."""
+    kernel, bias = params.kernel, params.bias
+    if size < kernel.shape[head.class_axis]:
+        kernel = _slice_unconverted(kernel, start, size, head.class_axis)
+        bias = bias if bias is None else jax.lax.dynamic_slice_in_dim(bias, start, size, 0)
+    return Params(kernel, bias, params.constants)
+
+
+def _slice_unconverted(x, start, size, axis):
+    """Returns [start, start + size) of an axis of x, for a loop that slices nothing else of x.
+
+    Bits are sliced and not numbers where x is narrow: the CPU compiler (jaxlib 0.10.2) computes in
+    float32, and would convert all of x before the loop, but it moves no conversion past this.
+    """
+    if x.dtype == wide_dtype(x.dtype):
+        return jax.lax.dynamic_slice_in_dim(x, start, size, axis)
+    x, start = jax.lax.optimization_barrier((x, start))
+    bits = jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}")
+    bits = jax.lax.dynamic_slice_in_dim(bits, start, size, axis)
+    return jax.lax.bitcast_convert_type(bits, x.dtype)
+
+
+def tokens_of(tree: Any, first: Any, length: int) -> Any:
+    """Returns tokens [first, first + length) of the arrays and masses of a tree."""
+
+    def cut(x):
+        if isinstance(x, DenseMass | SparseMass):
+            return x.map_examples(cut)
+        return x if x.shape[0] == length else jax.lax.dynamic_slice_in_dim(x, first, length, 0)
+
+    return jax.tree.map(cut, tree, is_leaf=lambda x: isinstance(x, DenseMass | SparseMass))
+
+
+def for_each(size: int, chunk: int, body: Callable[[Any, int, Any], Any], carry: Any) -> Any:
+    """Returns carry after carry = body(start, length, carry) along [0, size), `chunk` at a time.
+
+    A shorter piece is a body of its own: nothing is padded, so nothing has to be masked. It is the
+    first, because XLA would copy the arrays that a loop leaves behind before it changes them again.
+    """
+    if size == 0:
+        return carry
+    count, remainder = divmod(size, chunk)
+    if remainder:
+        carry = body(0, remainder, carry)
+    full = jax.checkpoint(lambda carry, start: (body(start, chunk, carry), None))
+    if count == 1:
+        carry, _ = full(carry, remainder)
+    elif count > 1:
+        carry, _ = jax.lax.scan(full, carry, remainder + jnp.arange(count) * chunk)
+    return carry
+
+
+def put(tree: Any, parts: Any, start: Any, axis: int = 0) -> Any:
+    """Returns `tree` with `parts`, cast to its dtypes, at `start` of `axis` of every array."""
+
+    def put_one(x, part):
+        return jax.lax.dynamic_update_slice_in_dim(x, part.astype(x.dtype), start, axis)
+
+    return jax.tree.map(put_one, tree, parts)
+
+
+def add(total: Any, part: Any, start: Any, axis: int = 0) -> Any:
+    """Returns `total` with `part` added at `start` of `axis`; None stays None."""
+    if total is None:
+        return None
+    here = jax.lax.dynamic_slice_in_dim(total, start, part.shape[axis], axis)
+    return put(total, here + part, start, axis)
+
+
+def zeros(shape: Sequence[int], dtype: Any, like: jax.Array) -> jax.Array:
+    """Returns zeros that vary over the mesh axes `like` varies over, as a loop's carry must."""
+    one = like.ravel()[:1].sum()
+    return jnp.broadcast_to(jnp.where(False, one, jnp.zeros_like(one)).astype(dtype), shape)
+
+
+def zeros_of(needs_grad: Any, tree: Any, own: bool = False) -> Any:
+    """Returns zeros for the arrays of `tree` that need a gradient, in float32 or as they are."""
+
+    def zeros_like(needs, x):
+        return zeros(x.shape, x.dtype if own else wide_dtype(x.dtype), x) if needs else None
+
+    return jax.tree.map(zeros_like, needs_grad, tree)
+
+
+def arithmetic_dtype(inputs: jax.Array, params: Params) -> jnp.dtype:
+    """Returns the dtype of the losses."""
+    return wide_dtype(inputs.dtype, params.kernel.dtype)
+
+
+def reference(
+    head: Head, inputs: jax.Array, params: Params, mass: Mass
+) -> tuple[jax.Array, jax.Array]:
+    """Returns (loss, lse) of every token, by `reference.cross_entropy` block by block.
+
+    Once the leader is known, whose class is a constant to derivatives, the loss is made of sums over
+    classes, and these add over blocks.
+    """
+
+    def of_tokens(first, length, out):
+        x, t = tokens_of((inputs, mass), first, length)
+        return put(out, _reference_of_tokens(head, x, params, t), first)
+
+    nothing = zeros(inputs.shape[:1], arithmetic_dtype(inputs, params), inputs)
+    return for_each(inputs.shape[0], head.tokens, of_tokens, (nothing, nothing))
+
+
+def _reference_of_tokens(head, inputs, params, mass):
+    num_classes = num_classes_of(head, params)
+    nothing = zeros(inputs.shape[:1], arithmetic_dtype(inputs, params), inputs)
+
+    def find_leader(start, size, carry):
+        largest, leader = carry
+        z = jax.lax.stop_gradient(logits_of(head, inputs, classes_of(head, params, start, size)))
+        best, there = z.max(-1), start + jnp.argmax(z, axis=-1).astype(jnp.int32)
+        return jnp.maximum(largest, best), jnp.where(best > largest, there, leader)
+
+    start = nothing - jnp.inf, zeros(inputs.shape[:1], jnp.int32, inputs)
+    largest, leader = for_each(num_classes, head.classes, find_leader, start)
+    largest, leader = jax.lax.stop_gradient((largest, leader))
+    z_a = _logits_at(head, inputs, params, leader)
+    is_mine = jnp.ones_like(leader, bool)
+    if head.axes:
+        is_mine = meshes.is_first_largest(largest, head.axes)
+        z_a = jax.lax.psum(jnp.where(is_mine, z_a, jnp.zeros_like(z_a)), head.axes)
+    z_a = jnp.where(z_a == -jnp.inf, jnp.zeros_like(z_a), z_a)
+
+    def add_classes(start, size, carry):
+        rest, excess = carry
+        z = logits_of(head, inputs, classes_of(head, params, start, size))
+        classes = start + jax.lax.broadcasted_iota(jnp.int32, z.shape, 1)
+        leads = (classes == leader[:, None]) & is_mine[:, None]
+        terms = jnp.exp(z - z_a[:, None])
+        rest += jnp.where(leads, jnp.zeros_like(terms), terms).sum(-1)
+        return rest, excess + mass.block(start, size).excess(z, z_a)
+
+    sums = for_each(num_classes, head.classes, add_classes, (nothing, nothing))
+    rest, excess, total = *sums, mass.total()
+    if head.axes:
+        rest, excess, total = jax.lax.psum((rest, excess, total), head.axes)
+    return excess + total * jnp.log1p(rest), z_a + jnp.log1p(rest)
+
+
+def _logits_at(head, inputs, params, classes):
+    """Returns the logit of one class of each token, [N]."""
+    columns = jnp.take(params.kernel, classes, axis=head.class_axis, mode="clip")
+    columns = columns if head.class_axis == 0 else columns.T
+    raw = jnp.sum(wide(inputs) * wide(columns), axis=-1)
+    raw = raw.astype(arithmetic_dtype(inputs, params))
+    if params.bias is not None:
+        raw = raw + jnp.take(params.bias, classes, mode="clip").astype(raw.dtype)
+    return head.transform(raw[:, None], *params.constants)[:, 0]

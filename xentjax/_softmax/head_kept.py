@@ -1,0 +1,140 @@
+"""The fused head of a sum over tokens: gradients are made in the forward pass.
+
+The logits of one chunk of tokens are made block by block, kept until their log-normalizers are
+known, and turned into gradients at once: three matmuls. That needs the cotangent of every loss
+beforehand, which a weighted sum over tokens gives, and a float32 accumulator of the kernel's
+gradient. Where there is no memory for it, and for other derivatives, logits are recomputed.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from xentjax._jax.rule import Backend, Rule
+from xentjax._softmax import head_blocks as blocks
+from xentjax._softmax import head_recomputed as recomputed
+from xentjax._softmax import partial
+from xentjax._softmax.cross_entropy import masked
+from xentjax._softmax.head_blocks import Head, Params, TokenGradient
+from xentjax._targets.mass import Mass, times
+
+LARGEST_FLOAT16_COTANGENT = 64
+"""float16 ends at 65504: this leaves room for a target mass of a thousand."""
+
+
+@dataclasses.dataclass(frozen=True)
+class HeadTotal(Rule):
+    """(inputs [N, D], Params, mass, mask or None, coefficients [N]) -> Σ_n coefficients_n · loss_n."""
+
+    head: Head
+
+    def reference(self, inputs, params, mass, mask, coefficients):
+        losses, _ = blocks.reference(self.head, inputs, params, mass)
+        return jnp.sum(times(coefficients, masked(losses, mask)))
+
+    def forward(self, backend, needs_grad, inputs, params, mass, mask, coefficients):
+        args = inputs, params, mass
+        if self._makes_gradients(needs_grad):
+            scale = _scale_of(coefficients)
+            losses, cotangents = _losses_and_cotangents(
+                self.head, needs_grad, args, coefficients / scale, backend
+            )
+            summary = (*cotangents, scale)
+        else:
+            with_gradient = any(jax.tree.leaves(needs_grad))
+            summary, _ = recomputed.summarise(self.head, *args, with_gradient, backend)
+            losses = summary.loss
+        losses = masked(losses, mask)
+        return jnp.sum(times(coefficients, losses)), (losses, summary)
+
+    def backward(self, backend, needs_grad, args, summary, cotangents):
+        inputs, params, mass, mask, coefficients = args
+        losses, of_losses = summary
+        of_coefficients = cotangents * losses
+        if self._makes_gradients(needs_grad):
+            of_inputs, of_params, scale = of_losses
+            answer = jax.tree.map(lambda ct: (cotangents * scale) * ct, (of_inputs, of_params))
+            return *answer, mass, mask, of_coefficients
+        each, scale = cotangents * coefficients, None
+        dtype = jnp.promote_types(inputs.dtype, params.kernel.dtype)
+        # A transform's constants have their gradient summed over devices in the loop: unscaled.
+        if dtype == jnp.float16 and not any(needs_grad[1].constants):
+            largest = _scale_of(coefficients)
+            each, scale = coefficients / largest, cotangents * largest
+        each = masked(each, mask)
+        tokens = TokenGradient(of_losses, each, jnp.zeros_like(each))
+        answer = recomputed.gradients(
+            self.head, needs_grad, (inputs, params, mass), tokens, backend, scale
+        )
+        return *answer, mask, of_coefficients
+
+    def _makes_gradients(self, needs_grad):
+        """Returns whether gradients are made forward: some of inputs, kernel and bias, no others."""
+        needs_inputs, needs_params, needs_mass, *_ = needs_grad
+        others = jax.tree.leaves((needs_params.constants, needs_mass))
+        wanted = (needs_inputs, needs_params.kernel, needs_params.bias)
+        return self.head.keeps_logits and not any(others) and any(jax.tree.leaves(wanted))
+
+
+def _scale_of(coefficients):
+    """Returns a divisor of coefficients, and a factor of gradients at the end.
+
+    In float16 the logits' gradients underflow if they are divided by the number of tokens.
+    """
+    largest = jnp.max(jnp.abs(coefficients), initial=0)
+    return jnp.where(largest == 0, jnp.ones_like(largest), largest) / LARGEST_FLOAT16_COTANGENT
+
+
+def _losses_and_cotangents(
+    head: Head,
+    needs_grad: tuple[Any, ...],
+    args: tuple[jax.Array, Params, Mass],
+    coefficients: jax.Array,
+    backend: Backend,
+) -> tuple[jax.Array, tuple[Any, Params]]:
+    """Returns (losses [N], cotangents of (inputs, params) of Σ_n coefficients_n · loss_n)."""
+    inputs, params, mass = args
+    needs_inputs, needs_params = needs_grad[:2]
+    num_tokens, num_classes = inputs.shape[0], blocks.num_classes_of(head, params)
+    dtype = blocks.arithmetic_dtype(inputs, params)
+
+    def on_tokens(first, length, carry):
+        losses, all_inputs, sum_params = carry
+        x, t, c = blocks.tokens_of((inputs, mass, coefficients), first, length)
+
+        def make_logits(start, size, carry):
+            kept, whole = carry
+            p = blocks.classes_of(head, params, start, size)
+            raw, t_block = blocks.raw_logits(head, x, p), t.block(start, size)
+            new = blocks.summary_of_block(head, raw, p, t_block, True, backend)
+            return blocks.put(kept, raw, start, 1), partial.merge(whole, new)
+
+        nothing = partial.no_classes(blocks.zeros((length,), dtype, x), with_gradient=True)
+        carry = blocks.zeros((length, num_classes), dtype, x), nothing
+        kept, whole = blocks.for_each(num_classes, head.classes, make_logits, carry)
+        whole = blocks.over_devices(head, whole)
+        of_tokens = TokenGradient(whole, c, jnp.zeros_like(c))
+
+        def use_logits(start, size, carry):
+            sum_inputs, sum_params = carry
+            p, t_block = blocks.classes_of(head, params, start, size), t.block(start, size)
+            raw = jax.lax.dynamic_slice_in_dim(kept, start, size, 1)
+            dx, dp = blocks.pull_back(head, needs_grad, x, p, raw, t_block, of_tokens, backend)
+            return jax.tree.map(jnp.add, sum_inputs, dx), Params(
+                kernel=blocks.add(sum_params.kernel, dp.kernel, start, head.class_axis),
+                bias=blocks.add(sum_params.bias, dp.bias, start),
+                constants=sum_params.constants,  # All None: else the logits are not kept.
+            )
+
+        carry = blocks.zeros_of(needs_inputs, x), sum_params
+        dx, sum_params = blocks.for_each(num_classes, head.classes, use_logits, carry)
+        losses = blocks.put(losses, whole.loss, first)
+        return losses, blocks.put(all_inputs, dx, first), sum_params
+
+    losses = blocks.zeros((num_tokens,), dtype, coefficients)
+    all_inputs = blocks.zeros_of(needs_inputs, inputs, own=True)
+    carry = losses, all_inputs, blocks.zeros_of(needs_params, params)
+    losses, *cotangents = blocks.for_each(num_tokens, head.tokens, on_tokens, carry)
+    return losses, tuple(cotangents)

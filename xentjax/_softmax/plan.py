@@ -1,0 +1,124 @@
+"""The choice of a backend and of every size in it: one pure function of shape, dtype and targets.
+
+`XENTJAX_BACKEND=portable` or `=cpu`, read when xentjax is imported, makes every platform run the
+one or the other code; it is for looking for faults, and for measuring.
+"""
+
+import dataclasses
+import math
+import os
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from xentjax._jax.dtypes import wide_dtype
+from xentjax._jax.rule import Backend
+from xentjax._softmax import cpu, portable
+from xentjax._softmax.partial import PartialSoftmax, gradient_terms
+from xentjax._targets.mass import Mass
+
+MIN_CPU_LOGITS = 2**14
+"""Fewer logits cost less than the kernels that the CPU backend has more."""
+
+ROW_BLOCK_LOGITS = 2**19
+"""So many logits, 2 MiB of float32, are near enough to two cores to be read again."""
+
+MAX_KEPT_LOGITS = 2**23
+"""Fewer logits may have an array of float32 exponentials that is not the gradient's own, 32 MiB."""
+
+FORCED = os.environ.get("XENTJAX_BACKEND")
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """How logits are summarised, and how their gradient is made.
+
+    Attributes:
+      backend: Whose code runs.
+      summary_rows: How many rows of logits the CPU backend summarises at a time; None is all.
+      gradient_rows: The same for the gradient.
+    """
+
+    backend: Backend
+    summary_rows: int | None = None
+    gradient_rows: int | None = None
+
+
+def make_plan(
+    shape: tuple[Any, ...],
+    dtype: jax.typing.DTypeLike,
+    *,
+    has_prior: bool,
+    with_gradient: bool,
+    backend: Backend,
+) -> Plan:
+    """Returns the plan for logits of a shape [..., V] and dtype.
+
+    Args:
+      shape: That of the logits; sizes that are not known (of `jax.export`) take portable code.
+      dtype: That of the logits.
+      has_prior: Whether any class may hold most of the target mass.
+      with_gradient: Whether the gradient to the logits follows.
+      backend: What the platform has.
+    """
+    backend = FORCED or backend
+    if not all(isinstance(n, int) for n in shape):
+        return Plan("portable")
+    size = math.prod(shape)
+    if backend == "portable" or size < MIN_CPU_LOGITS:
+        return Plan("portable")
+    rows = max(1, ROW_BLOCK_LOGITS // shape[-1])
+    fits = size < MAX_KEPT_LOGITS
+    is_wide = jnp.dtype(dtype) == wide_dtype(dtype)
+    one_block = rows * shape[-1] >= size
+    summary_whole = one_block or (with_gradient and (fits or (is_wide and not has_prior)))
+    gradient_whole = one_block or fits or is_wide
+    return Plan("cpu", None if summary_whole else rows, None if gradient_whole else rows)
+
+
+def summarise(
+    logits: jax.Array, mass: Mass, with_gradient: bool, backend: Backend
+) -> PartialSoftmax:
+    """Returns the PartialSoftmax of logits [..., V] under the mass on these V classes."""
+    plan = make_plan(
+        logits.shape,
+        logits.dtype,
+        has_prior=mass.has_prior,
+        with_gradient=with_gradient,
+        backend=backend,
+    )
+    if plan.backend == "portable":
+        return portable.summarise(logits, mass, with_gradient)
+    return cpu.summarise(logits, mass, with_gradient, plan.summary_rows)
+
+
+def gradient(
+    whole: PartialSoftmax,
+    logits: jax.Array,
+    mass: Mass,
+    loss_cotangent: jax.Array,
+    lse_cotangent: jax.Array,
+    backend: Backend,
+) -> jax.Array:
+    """Returns loss_cotangent · ∂loss/∂z + lse_cotangent · ∂lse/∂z, [..., V].
+
+    Args:
+      whole: The PartialSoftmax of all classes.
+      logits: Those of some classes, [..., V].
+      mass: The mass on those classes.
+      loss_cotangent: [...].
+      lse_cotangent: [...].
+      backend: What the platform has.
+    """
+    terms = gradient_terms(whole, loss_cotangent, lse_cotangent)
+    plan = make_plan(
+        logits.shape,
+        logits.dtype,
+        has_prior=mass.has_prior,
+        with_gradient=True,
+        backend=backend,
+    )
+    if plan.backend == "portable":
+        return portable.gradient(terms, whole, logits, mass)
+    return cpu.gradient(terms, whole, logits, mass, plan.gradient_rows)
