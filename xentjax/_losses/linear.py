@@ -17,7 +17,7 @@ from xentjax._jax.rule import apply
 from xentjax._losses import arguments
 from xentjax._losses.logit_transform import LogitTransform, converted
 from xentjax._softmax.cross_entropy import masked
-from xentjax._softmax.head_blocks import Head, Params
+from xentjax._softmax.head_blocks import Head, HeadPlan, Params
 from xentjax._softmax.head_kept import HeadTotal
 from xentjax._softmax.head_recomputed import HeadLosses
 from xentjax._targets.mass import times
@@ -181,13 +181,15 @@ class Options:
       memory_budget: Bytes, or None.
       axes: Mesh axes that kernel, bias and dense targets have their classes split over.
       with_stats: Whether stats are asked for.
+      plan: The plan; None makes one.
     """
 
-    class_axis: int
-    logit_transform: LogitTransform | None
-    memory_budget: int | None
+    class_axis: int = -1
+    logit_transform: LogitTransform | None = None
+    memory_budget: int | None = None
     axes: tuple[Hashable, ...] = ()
     with_stats: bool = False
+    plan: HeadPlan | None = None
 
 
 class Arrays(NamedTuple):
@@ -246,8 +248,8 @@ def prepare(arrays: Arrays, options: Options) -> Call:
     w = meshes.varying(w, over.difference(options.axes))
     shards = jax.lax.axis_size(options.axes) if options.axes else 1
     sizes = (num_tokens, features, num_classes)
-    plan = make_plan(sizes, dtype.itemsize, options.memory_budget, shards)
-    head = Head(class_axis, transform, *plan, options.axes, options.with_stats)
+    plan = options.plan or make_plan(sizes, dtype.itemsize, options.memory_budget, shards)
+    head = Head(class_axis, transform, plan, options.axes, options.with_stats)
     return Call(head, (inputs, Params(kernel, bias, constants), mass, mask), w)
 
 
@@ -309,8 +311,8 @@ def _losses_and_stats(arrays, options):
 
 def make_plan(
     sizes: tuple[Any, Any, int], itemsize: int, memory_budget: int | None, shards: int = 1
-) -> tuple[int, int, bool]:
-    """Returns (tokens in a chunk, classes in a block, whether logits can be kept).
+) -> HeadPlan:
+    """Returns how much of a head is in memory at once.
 
     Args:
       sizes: Tokens, features, and classes on this device.
@@ -335,7 +337,7 @@ def make_plan(
     tokens = _even(num_tokens, tokens)
     # A block has a few arrays of [tokens, classes], and of [features, classes].
     classes = budget // 4 // (itemsize * (2 * tokens + features))
-    return tokens, _even(num_classes, classes), keeps_logits
+    return HeadPlan(tokens, _even(num_classes, classes), keeps_logits)
 
 
 DEFAULT_BUDGET_BYTES = 2**29

@@ -182,11 +182,11 @@ def _mixing_operation(jaxpr, logits):
             continue
         parameters = jax.tree.leaves(list(equation.params.values()), is_leaf=_is_jaxpr)
         inner = [p for p in parameters if _is_jaxpr(p)]
-        for sub in inner:
-            sub = getattr(sub, "jaxpr", sub)
-            # A call has its operands at the end: constants of a loop or a branch come first.
-            flags = used[len(used) - len(sub.invars) :]
-            found = _mixing_operation(sub, [v for v, u in zip(sub.invars, flags) if u])
+        for body in (getattr(p, "jaxpr", p) for p in inner):
+            # A call has its operands at the end: the predicate of a branch comes first.
+            flags = used[len(used) - len(body.invars) :]
+            pairs = zip(body.invars, flags, strict=True)
+            found = _mixing_operation(body, [v for v, is_used in pairs if is_used])
             if found is not None:
                 return found
         name = equation.primitive.name

@@ -165,9 +165,10 @@ def weighted_mean(
     Args:
       losses: Nats, float[...].
       axis: The axes to take the mean over, such as a sequence's or an image's; None is all.
-      where: Which to keep, bool of the shape of losses; None keeps all. A loss that is dropped
-        hands no cotangent back, but 0 · NaN is NaN: give the same `where` to the loss as well
-        wherever a dropped row has no finite derivative.
+      where: Which to keep, bool of the shape of losses; None keeps all. A dropped loss gets the
+        cotangent 0. Losses from logits turn that into the gradient 0 even where the loss is NaN
+        (an ignored label outside [0, V), say); any other function makes 0 · NaN = NaN of it, and
+        needs the same `where` itself.
       weights: w, float, int (counts) or bool of the shape of losses; None is 1 each.
       axis_name: Mapped axes to sum over too, inside vmap, pmap or shard_map.
 

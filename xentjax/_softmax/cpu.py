@@ -18,7 +18,7 @@ them once, and the gradient takes their place.
 Three habits of the compiler (seen on jaxlib 0.10.2 and 0.12) make the difference. A sum with an
 exponential in it is not vectorised where rows are long, but an array of exponentials and its sum
 are. A sum and what follows it become one kernel, which runs on one core. A choice between classes
-inside a sum takes as long as the exponentials; an entry that is overwritten before the sum does not.
+inside a sum takes as long as the exponentials; overwriting an entry before the sum costs nothing.
 """
 
 import math

@@ -15,25 +15,35 @@ from xentjax._softmax.partial import PartialSoftmax
 from xentjax._targets.mass import DenseMass, Mass, SparseMass
 
 
+class HeadPlan(NamedTuple):
+    """How much of a head is in memory at once.
+
+    Attributes:
+      tokens: Tokens in a chunk.
+      classes: Classes in a block.
+      keeps_logits: Whether there is memory for the way that keeps the logits of a chunk.
+    """
+
+    tokens: int
+    classes: int
+    keeps_logits: bool
+
+
 @dataclasses.dataclass(frozen=True)
 class Head:
-    """The static side of a head: its layout, and how much of it is in memory at once.
+    """The static side of a head.
 
     Attributes:
       class_axis: The axis of the kernel that counts classes.
       transform: (raw logits, *constants) -> logits, elementwise.
-      tokens: Tokens in a chunk.
-      classes: Classes in a block.
-      keeps_logits: Whether there is memory for the way that keeps the logits of a chunk.
+      plan: How much of it is in memory at once.
       axes: Mesh axes that the classes are split over.
       with_stats: Whether predictions and the labels' surprisals are asked for.
     """
 
     class_axis: int
     transform: Callable[..., jax.Array]
-    tokens: int
-    classes: int
-    keeps_logits: bool
+    plan: HeadPlan
     axes: tuple[Hashable, ...] = ()
     with_stats: bool = False
 
@@ -223,8 +233,8 @@ def reference(
 ) -> tuple[jax.Array, jax.Array]:
     """Returns (loss, lse) of every token, by `reference.cross_entropy` block by block.
 
-    Once the leader is known, whose class is a constant to derivatives, the loss is made of sums over
-    classes, and these add over blocks.
+    The class of the leader is a constant to derivatives. Once it is known, the loss is made of sums
+    over classes, and these add over blocks.
     """
 
     def of_tokens(first, length, out):
@@ -232,7 +242,7 @@ def reference(
         return put(out, _reference_of_tokens(head, x, params, t), first)
 
     nothing = zeros(inputs.shape[:1], arithmetic_dtype(inputs, params), inputs)
-    return for_each(inputs.shape[0], head.tokens, of_tokens, (nothing, nothing))
+    return for_each(inputs.shape[0], head.plan.tokens, of_tokens, (nothing, nothing))
 
 
 def _reference_of_tokens(head, inputs, params, mass):
@@ -246,7 +256,7 @@ def _reference_of_tokens(head, inputs, params, mass):
         return jnp.maximum(largest, best), jnp.where(best > largest, there, leader)
 
     start = nothing - jnp.inf, zeros(inputs.shape[:1], jnp.int32, inputs)
-    largest, leader = for_each(num_classes, head.classes, find_leader, start)
+    largest, leader = for_each(num_classes, head.plan.classes, find_leader, start)
     largest, leader = jax.lax.stop_gradient((largest, leader))
     z_a = _logits_at(head, inputs, params, leader)
     is_mine = jnp.ones_like(leader, bool)
@@ -264,7 +274,7 @@ def _reference_of_tokens(head, inputs, params, mass):
         rest += jnp.where(leads, jnp.zeros_like(terms), terms).sum(-1)
         return rest, excess + mass.block(start, size).excess(z, z_a)
 
-    sums = for_each(num_classes, head.classes, add_classes, (nothing, nothing))
+    sums = for_each(num_classes, head.plan.classes, add_classes, (nothing, nothing))
     rest, excess, total = *sums, mass.total()
     if head.axes:
         rest, excess, total = jax.lax.psum((rest, excess, total), head.axes)

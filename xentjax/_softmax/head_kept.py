@@ -26,7 +26,7 @@ LARGEST_FLOAT16_COTANGENT = 64
 
 @dataclasses.dataclass(frozen=True)
 class HeadTotal(Rule):
-    """(inputs [N, D], Params, mass, mask or None, coefficients [N]) -> Σ_n coefficients_n · loss_n."""
+    """(inputs [N, D], Params, mass, mask or None, coefficients c [N]) -> Σ_n c_n · loss_n."""
 
     head: Head
 
@@ -71,11 +71,11 @@ class HeadTotal(Rule):
         return *answer, mask, of_coefficients
 
     def _makes_gradients(self, needs_grad):
-        """Returns whether gradients are made forward: some of inputs, kernel and bias, no others."""
+        """Returns whether gradients are made forward: of inputs, kernel or bias, and no others."""
         needs_inputs, needs_params, needs_mass, *_ = needs_grad
         others = jax.tree.leaves((needs_params.constants, needs_mass))
         wanted = (needs_inputs, needs_params.kernel, needs_params.bias)
-        return self.head.keeps_logits and not any(others) and any(jax.tree.leaves(wanted))
+        return self.head.plan.keeps_logits and not any(others) and any(jax.tree.leaves(wanted))
 
 
 def _scale_of(coefficients):
@@ -113,7 +113,7 @@ def _losses_and_cotangents(
 
         nothing = partial.no_classes(blocks.zeros((length,), dtype, x), with_gradient=True)
         carry = blocks.zeros((length, num_classes), dtype, x), nothing
-        kept, whole = blocks.for_each(num_classes, head.classes, make_logits, carry)
+        kept, whole = blocks.for_each(num_classes, head.plan.classes, make_logits, carry)
         whole = blocks.over_devices(head, whole)
         of_tokens = TokenGradient(whole, c, jnp.zeros_like(c))
 
@@ -129,12 +129,12 @@ def _losses_and_cotangents(
             )
 
         carry = blocks.zeros_of(needs_inputs, x), sum_params
-        dx, sum_params = blocks.for_each(num_classes, head.classes, use_logits, carry)
+        dx, sum_params = blocks.for_each(num_classes, head.plan.classes, use_logits, carry)
         losses = blocks.put(losses, whole.loss, first)
         return losses, blocks.put(all_inputs, dx, first), sum_params
 
     losses = blocks.zeros((num_tokens,), dtype, coefficients)
     all_inputs = blocks.zeros_of(needs_inputs, inputs, own=True)
     carry = losses, all_inputs, blocks.zeros_of(needs_params, params)
-    losses, *cotangents = blocks.for_each(num_tokens, head.tokens, on_tokens, carry)
+    losses, *cotangents = blocks.for_each(num_tokens, head.plan.tokens, on_tokens, carry)
     return losses, tuple(cotangents)

@@ -92,11 +92,11 @@ def summarise(
 
         nothing = _no_classes(head, x, params, with_gradient)
         return blocks.put(
-            out, blocks.for_each(num_classes, head.classes, on_classes, nothing), first
+            out, blocks.for_each(num_classes, head.plan.classes, on_classes, nothing), first
         )
 
     nothing = _no_classes(head, inputs, params, with_gradient)
-    whole, stats = blocks.for_each(inputs.shape[0], head.tokens, on_tokens, nothing)
+    whole, stats = blocks.for_each(inputs.shape[0], head.plan.tokens, on_tokens, nothing)
     return blocks.over_devices(head, whole), stats
 
 
@@ -152,7 +152,7 @@ def gradients(
             return blocks.add(sum_inputs, dx, first), jax.tree.map(jnp.add, sum_params, dp)
 
         carry = sum_inputs, blocks.zeros_of(needs_params, p_block)
-        carry = blocks.for_each(num_tokens, head.tokens, on_tokens, carry)
+        carry = blocks.for_each(num_tokens, head.plan.tokens, on_tokens, carry)
         sum_inputs, of_block = carry[0], scaled(carry[1])
         return sum_inputs, Params(
             kernel=blocks.put(all_params.kernel, of_block.kernel, start, head.class_axis),
@@ -162,7 +162,7 @@ def gradients(
 
     carry = blocks.zeros_of(needs_inputs, inputs), blocks.zeros_of(needs_params, params, own=True)
     if any(jax.tree.leaves((needs_inputs, needs_params))):
-        carry = blocks.for_each(num_classes, head.classes, on_classes, carry)
+        carry = blocks.for_each(num_classes, head.plan.classes, on_classes, carry)
     of_inputs, of_params = scaled(carry[0]), carry[1]
     of_mass = mass
     if any(jax.tree.leaves(needs_mass)):
@@ -183,10 +183,10 @@ def _mass_cotangent(head, args, tokens):
                 z = blocks.logits_of(head, x, blocks.classes_of(head, params, start, size))
                 return total + t.block(start, size).excess(z, partial.finite(whole.max_logit))
 
-            excess = blocks.for_each(num_classes, head.classes, on_classes, nothing[:length])
+            excess = blocks.for_each(num_classes, head.plan.classes, on_classes, nothing[:length])
             return blocks.put(losses, excess + t.total() * jnp.log1p(whole.rest), first)
 
-        return blocks.for_each(inputs.shape[0], head.tokens, on_tokens, nothing)
+        return blocks.for_each(inputs.shape[0], head.plan.tokens, on_tokens, nothing)
 
     nothing = blocks.zeros(inputs.shape[:1], blocks.arithmetic_dtype(inputs, params), inputs)
     own = meshes.varying(tokens.loss_cotangent, meshes.varying_axes(inputs))

@@ -10,8 +10,9 @@ all sums of non-negative terms. Once all classes are in it,
 
     lse(z)     = m + log1p(rest)
     loss(z, t) = Σ_v t_v · (lse(z) − z_v) = excess + mass · log1p(rest)
-    ∂loss/∂z_v = mass · p_v − t_v                                         p_v = exp(z_v − m) / (1 + rest)
-    ∂loss/∂z_a = mass_of_rest − mass · rest / (1 + rest)                  where p_a > 1/2
+    p_v        = exp(z_v − m) / (1 + rest)
+    ∂loss/∂z_v = mass · p_v − t_v
+               = mass_of_rest − mass · rest / (1 + rest)      for the leader, where p_a > 1/2
     ∂loss/∂t_v = (m − z_v) + log1p(rest)
 
 A confident prediction stays exact: log1p(rest) and rest / (1 + rest) have full relative precision
@@ -118,8 +119,8 @@ def _seen_from(m, part, leads):
 class GradientTerms(NamedTuple):
     """What an entry of the gradient needs to know of its example; every field is [...].
 
-    An entry is per_exponential · exponential − loss_cotangent · t_v, but for the leader: its entry is
-    `leader_entry` if `leader_is_heavy`: if p_a > 1/2.
+    An entry is per_exponential · exponential − loss_cotangent · t_v. That of the leader is
+    `leader_entry` where `leader_is_heavy`, p_a > 1/2.
     """
 
     loss_cotangent: jax.Array

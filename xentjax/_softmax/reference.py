@@ -4,7 +4,8 @@ With a the class of the largest logit and r = Σ_{v≠a} exp(z_v − z_a),
 
     lse(z)     = z_a + log1p(r)
     loss(z, t) = Σ_v t_v · (lse(z) − z_v) = Σ_v t_v · (z_a − z_v) + T · log1p(r),   T = Σ_v t_v
-    H(z)       = Σ_v p_v · (lse(z) − z_v) = log1p(r) + Σ_{v≠a} exp(z_v − z_a) · (z_a − z_v) / (1 + r)
+    H(z)       = Σ_v p_v · (lse(z) − z_v)
+               = log1p(r) + Σ_{v≠a} exp(z_v − z_a) · (z_a − z_v) / (1 + r)
 
 No term is a difference of two nearly equal numbers, and so it is with their derivatives, which JAX
 takes of these lines as they stand, to any order. The engine computes the same in less time and
