@@ -161,7 +161,7 @@ def test_under_jit(name):
 
 @ALIKE
 def test_keys(name, monkeypatch):
-    """A key decides all; no two draws share one, nor use the one that was given."""
+    """No two draws share a key, nor use the one that was given."""
     function, used = AUGMENTATIONS[name], []
 
     def spy(draw):
@@ -171,12 +171,20 @@ def test_keys(name, monkeypatch):
 
         return recorded
 
-    for draw in ("beta", "permutation", "uniform"):
-        monkeypatch.setattr(jax.random, draw, spy(getattr(jax.random, draw)))
-    first = function(KEY, IMAGES, LABELS, 1.0)
+    draws = {"beta": lambda key, a, b, shape, dtype: jnp.full(shape, 0.5, dtype)}  # It is slow.
+    for draw in ("beta", "bits", "uniform"):
+        monkeypatch.setattr(jax.random, draw, spy(draws.get(draw, getattr(jax.random, draw))))
+    with jax.disable_jit():  # A key that is traced has no numbers.
+        function(KEY, IMAGES, LABELS, 1.0)
     assert len(used) == {"mixup": 2, "cutmix": 3}[name]
     assert len({*used, tuple(np.asarray(jax.random.key_data(KEY)).tolist())}) == len(used) + 1
-    jax.tree.map(np.testing.assert_array_equal, first, function(KEY, IMAGES, LABELS, 1.0))
+
+
+@ALIKE
+def test_a_key_decides_all(name):
+    function = AUGMENTATIONS[name]
+    first, raw = function(KEY, IMAGES, LABELS, 1.0), jax.random.key_data(KEY)
+    jax.tree.map(np.testing.assert_array_equal, first, function(raw, IMAGES, LABELS, 1.0))
     other, _ = function(jax.random.key(8), IMAGES, LABELS, 1.0)
     assert not np.array_equal(first[0], other)
 
@@ -187,6 +195,117 @@ def test_dtype_is_kept(name, dtype):
     mixed, targets = AUGMENTATIONS[name](KEY, jnp.asarray(IMAGES, dtype), LABELS, 1.0)
     assert mixed.dtype == dtype
     assert sparse(targets).weights.dtype == jnp.float32
+
+
+@ALIKE
+@EACH
+def test_alpha_0_spreads_neither_nan_nor_inf(name, each):
+    images = IMAGES.copy()
+    images[0, 0, 0, 0], images[1, 0, 0, 0] = np.inf, np.nan
+    labels = LABELS.at[2].set(-100)
+    mixed, targets = AUGMENTATIONS[name](KEY, images, labels, 0.0, per_example=each)
+    np.testing.assert_array_equal(mixed, images)
+    dense = xentjax.dense_targets(targets, BATCH)
+    np.testing.assert_array_equal(np.isnan(dense).any(-1), np.arange(BATCH) == 2)
+
+
+# Labels that are ignored.
+
+IGNORED = np.array([False, True, False, True, False, False])
+KEPT = ~IGNORED
+
+
+@ALIKE
+@EACH
+def test_an_example_is_not_mixed_with_one_that_is_masked_out(name, each):
+    """In every draw, and the mask that was given is that of the mixture."""
+    labels = np.where(IGNORED, -100, np.arange(BATCH))
+    images = np.broadcast_to(np.eye(BATCH, dtype=np.float32)[:, None, None], (BATCH, 6, 5, BATCH))
+    function = functools.partial(AUGMENTATIONS[name], alpha=1.0, per_example=each, where=KEPT)
+    mixtures = 0
+    for key in jax.random.split(KEY, 8):
+        mixed, targets = function(key, images, labels)
+        matrix = np.asarray(mixed).mean((1, 2))
+        # A row that is masked out stays as it is, and no other row has a part of it.
+        np.testing.assert_array_equal(matrix[IGNORED], np.eye(BATCH)[IGNORED])
+        np.testing.assert_array_equal(matrix[KEPT][:, IGNORED], 0)
+        assert_close(xentjax.dense_targets(targets, BATCH)[KEPT], matrix[KEPT])
+        losses = xentjax.softmax_cross_entropy(matrix, targets, where=KEPT)
+        assert np.isfinite(losses).all()
+        mixtures += (matrix.max(-1) < 1).sum()
+    assert mixtures > 0
+
+
+def test_a_token_keeps_its_target_where_the_other_is_masked_out():
+    own = np.array([[0, -1, 1], [2, 3, -1], [-1, -1, -1], [4, 1, 0], [0, 0, -1], [-1, 2, 3]])
+    keep, one_hot = own >= 0, np.eye(5)[own]
+    mixed, targets = xentjax.mixup(KEY, np.eye(BATCH, dtype=np.float32), own, 1.0, where=keep)
+    dense, matrix = np.asarray(xentjax.dense_targets(targets, 5)), np.asarray(mixed)
+    pairs = 0
+    for n, row in enumerate(matrix):
+        lam, other = row[n], np.argmax(row * (np.arange(BATCH) != n))
+        both = keep[n] & keep[other] & (lam < 1)
+        want = np.where(both[:, None], lam * one_hot[n] + (1 - lam) * one_hot[other], one_hot[n])
+        assert_close(dense[n][keep[n]], want[keep[n]])
+        pairs += both.sum()
+    assert pairs > 0
+    np.testing.assert_array_equal(matrix[2], np.eye(BATCH)[2])
+
+
+# The layout of images.
+
+
+def test_cutmix_of_channels_first_is_that_of_channels_last():
+    draw = functools.partial(xentjax.cutmix, KEY, targets=LABELS, alpha=1.0, per_example=True)
+    last, targets = draw(IMAGES)
+    for axes, image_axes in [
+        ((0, 3, 1, 2), (2, 3)),
+        ((0, 3, 1, 2), (-2, -1)),
+        ((0, 2, 1, 3), (2, 1)),
+    ]:
+        moved, same = draw(IMAGES.transpose(axes), image_axes=image_axes)
+        np.testing.assert_array_equal(moved, last.transpose(axes))
+        jax.tree.map(np.testing.assert_array_equal, same, targets)
+
+
+@EACH
+def test_cutmix_pastes_label_maps_by_the_box(each):
+    """Ignored pixels too: their mask is pasted by the same key."""
+    images = np.arange(BATCH * 6 * 5, dtype=np.int32).reshape(BATCH, 6, 5, 1)
+    labels = images[..., 0] % 7
+    draw = functools.partial(xentjax.cutmix, KEY, alpha=1.0, per_example=each)
+    mixed, targets = draw(images, labels)
+    assert sparse(targets).weights.shape == (BATCH, 6, 5, 1)
+    np.testing.assert_array_equal(targets.weights, 1)
+    np.testing.assert_array_equal(sparse(targets).indices, mixed % 7)
+    assert not np.array_equal(mixed, images)
+    _, dense = draw(images, jnp.asarray(np.eye(7, dtype=np.float32)[labels]))
+    np.testing.assert_array_equal(dense, xentjax.dense_targets(targets, 7))
+    mask, _ = draw(labels > 2, labels)
+    np.testing.assert_array_equal(mask, np.asarray(mixed)[..., 0] % 7 > 2)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int32, bool, np.float16])
+def test_cutmix_of_images_of_any_dtype(dtype):
+    images = (IMAGES * 40).astype(dtype)
+    mixed, _ = xentjax.cutmix(KEY, images, LABELS, 1.0)
+    want, _ = xentjax.cutmix(KEY, images.astype(np.float32), LABELS, 1.0)
+    assert mixed.dtype == dtype
+    np.testing.assert_array_equal(mixed.astype(np.float32), want)
+
+
+def test_cutmix_shares_are_exact():
+    """In [0, 1], and whole pixels over the area, where the box is the image too."""
+
+    def draw(key):
+        targets = xentjax.cutmix(key, jnp.zeros((1, 7, 11)), jnp.arange(1), 0.02)[1]
+        return sparse(targets).weights[0]
+
+    weights = np.asarray(jit(jax.vmap(draw))(jax.random.split(KEY, 500)))
+    assert weights.min() == 0
+    assert weights.max() == 1
+    pixels = np.round(weights[:, 0] * 77).astype(np.float32)
+    np.testing.assert_array_equal(weights[:, 0], pixels / np.float32(77))
 
 
 # What is drawn.

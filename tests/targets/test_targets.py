@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 import xentjax
 from xentjax import SparseTargets
+from xentjax._targets import types as _targets
 
 BATCH, CLASSES = 5, 6
 RNG = np.random.default_rng(0)
@@ -303,6 +304,163 @@ def test_derivatives_to_the_shares():
     assert_close(to_lam, masses - np.eye(CLASSES)[b])
     to_weights = derivative(jax.jacrev, lambda w: reweight(a, w), CLASS_WEIGHTS)
     assert_close(to_weights, masses[..., None] * np.eye(CLASSES))
+
+
+# Examples, and the background that they share.
+
+CUTS = {
+    "vmap": lambda f, t: jax.vmap(f)(t),
+    "scan": lambda f, t: jax.lax.scan(lambda _, one: (None, f(one)), None, t)[1],
+    "map": jax.lax.map,
+    "one": lambda f, t: f(jax.tree.map(lambda a: a[1 % len(a)], t)),
+    "slice": lambda f, t: f(jax.tree.map(lambda a: a[:2], t)),
+    "later slice": lambda f, t: f(jax.tree.map(lambda a: a[1:], t)),
+    "reversed": lambda f, t: f(jax.tree.map(lambda a: a[::-1], t)),
+    "indices": lambda f, t: f(jax.tree.map(lambda a: a[jnp.arange(len(t))[::-1]], t)),
+    "one index": lambda f, t: f(jax.tree.map(lambda a: a[jnp.array([len(t) - 1])], t)),
+    "mask": lambda f, t: f(jax.tree.map(lambda a: a[np.arange(len(t)) == 0], t)),
+}
+PICKS = {
+    "one": lambda m: m[1 % len(m)],
+    "slice": lambda m: m[:2],
+    "later slice": lambda m: m[1:],
+    "reversed": lambda m: m[::-1],
+    "indices": lambda m: m[::-1],
+    "one index": lambda m: m[-1:],
+    "mask": lambda m: m[:1],
+}
+
+
+@pytest.mark.parametrize("num_classes", [2, 3, 5])
+@pytest.mark.parametrize("batch", [1, 2, 3])
+def test_cutting_every_array_alike_is_right_or_refused(batch, num_classes):
+    """Also where there are as many examples as classes or as backgrounds."""
+    targets = target_forms(batch, num_classes)
+    priors = 0.25 + np.random.default_rng(3).random((1, 2, num_classes)).astype(np.float32)
+    masses = np.arange(1, 2 * batch + 1, dtype=np.float32).reshape(batch, 2)
+    labels = sparse(smooth(targets["labels"], 0.5))
+    forms = {
+        "uniform": labels,
+        "prior as given": SparseTargets(labels.indices, labels.weights, masses[:, 0], priors[0, 0]),
+        "two": SparseTargets(labels.indices, labels.weights, masses, priors),
+        "two as given": SparseTargets(labels.indices, labels.weights, masses, priors[0]),
+    }
+    right = set()
+    for name, t in forms.items():
+        want = written_out(t, num_classes)
+        for cut, function in CUTS.items():
+            try:
+                got = function(lambda t: xentjax.dense_targets(t, num_classes), t)
+            except (ValueError, IndexError):
+                assert name != "uniform", cut
+                continue
+            assert_close(got, PICKS.get(cut, lambda m: m)(want), rtol=1e-6, err_msg=f"{name} {cut}")
+            right.add((name, cut))
+    # Those that need not be refused.
+    for name in forms:
+        assert right >= {(name, "one"), (name, "slice"), (name, "reversed")}
+        assert batch > 1 or right >= {(name, "vmap"), (name, "scan")}
+
+
+@pytest.mark.parametrize("name", [name for name in FORMS if name != "dense"])
+def test_index_cuts_examples(name):
+    targets, want = sparse(_targets.as_targets(form(name))), written_out(form(name))
+    for index in [
+        *(2, -1, slice(1, 4), slice(None, None, -1), None),
+        *(np.array([3, 3, 0]), [4, 1], want[:, 0] > 0, ..., (slice(2), None), jnp.array(3)),
+    ]:
+        assert_close(masses(targets[index]), want[index])
+    assert len(targets) == BATCH
+    assert targets.batch_shape == (BATCH,)
+    assert_close(np.stack([masses(t) for t in targets]), want)
+    assert_close(jax.jit(lambda i: xentjax.dense_targets(targets[i], CLASSES))(2), want[2])
+    for index in (BATCH, -BATCH - 1, (0, 0)):
+        with pytest.raises(IndexError, match=r"index: expected .* got"):
+            targets[index]
+    with pytest.raises(TypeError, match="len: expected a batch, got one example"):
+        len(targets[0])
+
+
+def test_index_cuts_more_axes():
+    labels = np.random.default_rng(4).integers(0, CLASSES, (2, 3, 4))
+    t = sparse(smooth(labels, 0.5, background=PRIOR))
+    for index in [
+        *((1, 2), (..., 3), (0, ..., slice(1, 3)), (slice(None), [2, 0])),
+        *((1, None, 2), labels > 2, (labels[..., 0] > 2, 1)),
+    ]:
+        assert_close(masses(t[index]), (np.eye(CLASSES)[labels[index]] + PRIOR) / 2)
+
+
+def test_repr_is_one_line():
+    t = smooth(LABELS, 0.1)
+    assert repr(t) == "SparseTargets(batch=(5,), K=1, background=uniform, num_classes=None)"
+    t = smooth(t, 0.1, background=PRIOR)
+    assert repr(t) == "SparseTargets(batch=(5,), K=1, background=float32[1, 2, 6], num_classes=6)"
+    axes = jax.tree.map(lambda _: 0, smooth(LABELS, 0.1))
+    assert repr(axes) == (
+        "SparseTargets(indices=0, weights=0, background_mass=0, background=None, num_classes=None)"
+    )
+
+
+@pytest.mark.parametrize("num_classes", [2, 5])
+def test_class_weights_of_another_length_are_refused(num_classes):
+    """However targets were composed: logits of 3 classes, class weights of 2 or 5."""
+    labels = np.zeros(4, int)
+    weights = np.ones(num_classes, np.float32)
+    weighted = {
+        "labels": lambda t: reweight(t, weights),
+        "smoothed": lambda t: reweight(smooth(t, 0.1), weights),
+        "smoothed after": lambda t: smooth(reweight(t, weights), 0.1),
+        "mixed": lambda t: mix(t, reweight(t, weights), 0.5),
+        "indexed": lambda t: sparse(reweight(t, weights))[::-1],
+        "through jit": jax.jit(lambda t: reweight(t, weights)),
+    }
+    head = (jnp.zeros((4, 2)), jnp.zeros((2, 3)))
+    for function in weighted.values():
+        targets = function(labels)
+        for loss in (
+            lambda t: xentjax.softmax_cross_entropy(jnp.zeros((4, 3)), t),
+            lambda t: xentjax.softmax_cross_entropy_with_stats(jnp.zeros((4, 3)), t),
+            lambda t: xentjax.linear_softmax_cross_entropy(*head, t),
+            lambda t: xentjax.dense_targets(t, 3),
+        ):
+            with pytest.raises(
+                ValueError, match=rf"targets: expected 3 classes.* got {num_classes}"
+            ):
+                loss(targets)
+        with pytest.raises(ValueError, match=rf"expected {num_classes} classes.*float32\[3\]"):
+            reweight(targets, np.ones(3, np.float32))
+
+
+# Another class axis.
+
+
+@pytest.mark.parametrize("axis", [0, 1, -2])
+def test_dense_targets_with_another_class_axis(axis):
+    rng = np.random.default_rng(5)
+    labels = rng.integers(0, 5, (2, 3))
+    other = jnp.asarray(rng.integers(0, 5, (2, 3)))
+    weights, prior = rng.random((2, 5)).astype(np.float32)
+    lam = rng.random((2, 3)).astype(np.float32)
+    dense = jax.nn.one_hot(labels, 5, axis=axis)
+    for ours in (
+        lambda t, **axis: smooth(t, 0.1, **axis),
+        lambda t, **axis: smooth(t, 0.1, background=prior, **axis),
+        lambda t, **axis: reweight(t, weights, **axis),
+        lambda t, **axis: mix(t, other, lam, **axis),
+        lambda t, **axis: mix(smooth(other, 0.1), t, lam, **axis),
+    ):
+        want = np.moveaxis(np.asarray(xentjax.dense_targets(ours(labels), 5)), -1, axis)
+        got = ours(dense, axis=axis)
+        assert got.shape == want.shape
+        assert_close(got, want)
+        assert_close(xentjax.dense_targets(ours(labels), 5, axis=axis), want)
+        assert_close(xentjax.dense_targets(got, 5, axis=axis), want)
+    z = rng.standard_normal((2, 5, 3)).astype(np.float32)
+    losses = xentjax.softmax_cross_entropy(
+        z, smooth(jax.nn.one_hot(labels, 5, axis=1), 0.1, axis=1), axis=1
+    )
+    assert_close(losses, xentjax.softmax_cross_entropy(z, smooth(labels, 0.1), axis=1), rtol=2e-6)
 
 
 # Labels that are none.
