@@ -12,8 +12,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import ArrayLike
 
-from xentjax._jax import arithmetic, checks, trees
+from xentjax._jax import checks, trees
 from xentjax._jax import mesh as _mesh
+from xentjax._jax.dtypes import wide_dtype
 from xentjax._losses.reduction import WeightedSum, weighted_sum
 from xentjax._parallel.examples import like_batch
 
@@ -204,7 +205,7 @@ def _as_summand(x: Any) -> jax.Array:
 def sum_dtype(dtype: jax.typing.DTypeLike) -> jnp.dtype:
     """Returns the dtype in which numbers of `dtype` are summed: float32 for narrower floats."""
     floating = jnp.issubdtype(dtype, jnp.floating)
-    return arithmetic.wide_dtype(dtype) if floating else jnp.dtype(dtype)
+    return wide_dtype(dtype) if floating else jnp.dtype(dtype)
 
 
 def mean_and_grads(
