@@ -362,7 +362,7 @@ def test_cutting_every_array_alike_is_right_or_refused(batch, num_classes):
         assert batch > 1 or right >= {(name, "vmap"), (name, "scan")}
 
 
-@pytest.mark.parametrize("name", [name for name in FORMS if name != "dense"])
+@pytest.mark.parametrize("name", ["labels", "smoothed", "two backgrounds"])
 def test_index_cuts_examples(name):
     targets, want = sparse(_targets.as_targets(form(name))), written_out(form(name))
     for index in [
@@ -498,3 +498,13 @@ def test_wide_label_does_not_wrap_where_jax_has_no_int64(bad):
         assert np.isnan(xentjax.dense_targets(label, CLASSES)).all()
     dense = xentjax.dense_targets(np.array([2, bad], bad.dtype), CLASSES)
     np.testing.assert_array_equal(np.isnan(dense).any(-1), [False, True])
+
+
+def test_errors_say_what_would_fit():
+    z = np.zeros((2, 5, 3), np.float32)
+    with pytest.raises(ValueError, match=r"got \(2, 3\) labels .* along axis=1"):
+        xentjax.softmax_cross_entropy(z, np.zeros((2, 3), int))
+    with pytest.raises(ValueError, match=r"make masses float: targets.astype\(jnp.float32\)"):
+        xentjax.softmax_cross_entropy(z, np.zeros((2, 5, 3), int))
+    with pytest.raises(TypeError, match=r"targets: expected integer labels.* got \[1099511627776"):
+        smooth([2**40, 0], 0.1)

@@ -2,6 +2,7 @@
 
 import contextlib
 import contextvars
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -18,6 +19,8 @@ _labels_checked = contextvars.ContextVar("labels_checked", default=False)
 
 def as_array(name: str, x: Any, what: str = "a floating-point array") -> jax.Array:
     """Returns `x` as a jax array, or raises a TypeError that names the argument."""
+    if isinstance(x, jax.Array):
+        return x
     try:
         return jnp.asarray(x)
     except (TypeError, ValueError, OverflowError) as error:
@@ -87,10 +90,14 @@ def check_interval(name: str, x: Any, low: float, high: float) -> None:
 
     A traced `x` is not looked at.
     """
-    if not isinstance(x, Tracer):
+    if isinstance(x, float | int):
+        inside = low <= x <= high and math.isfinite(x)
+    elif isinstance(x, Tracer):
+        return
+    else:
         values = np.asarray(x, dtype=np.float64)
-        inside = np.isfinite(values) & (values >= low) & (values <= high)
-        check(bool(np.all(inside)), f"{name}: expected values in [{low:g}, {high:g}], got {x}")
+        inside = bool(np.all(np.isfinite(values) & (values >= low) & (values <= high)))
+    check(inside, f"{name}: expected values in [{low:g}, {high:g}], got {x}")
 
 
 @contextlib.contextmanager
@@ -171,4 +178,5 @@ def as_mask(
 
 def describe(x: Any) -> str:
     """Returns what an error says of an array: dtype and shape."""
-    return f"{jnp.result_type(x)}{list(jnp.shape(x))}"
+    dtype = x.dtype if hasattr(x, "dtype") else jnp.result_type(x)
+    return f"{dtype}{list(jnp.shape(x))}"

@@ -96,14 +96,13 @@ def mixup(
     arrays = [checks.as_array("inputs", x) for x in leaves]
     for x in arrays:
         checks.check_floating("inputs", x)
-    targets, last = _transforms.classes_last(_targets.as_targets(targets), axis)
-    _check_batch("inputs", arrays, targets)
+    masses, last = _transforms.classes_last(_targets.as_targets(targets), axis)
+    _check_batch("inputs", arrays, masses)
     alpha = _transforms.as_number("alpha", alpha, 0, math.inf)
-    if where is not None:
-        where = _as_mask_of_targets(where, targets)
+    mask = None if where is None else _as_mask_of_targets(where, masses)
     lam, order = _draw(key, alpha, batch=arrays[0].shape[0], per_example=per_example)
-    mixed, targets = _mixup(arrays, targets, lam, order, where)
-    return jax.tree.unflatten(structure, mixed), _transforms.classes_at(targets, last)
+    arrays, masses = _mixup(arrays, masses, lam, order, mask)
+    return jax.tree.unflatten(structure, arrays), _transforms.classes_at(masses, last)
 
 
 @functools.partial(jax.jit, inline=True)
@@ -199,28 +198,27 @@ def cutmix(
       Yun et al., CutMix: Regularization Strategy to Train Strong Classifiers, 2019, section 3.1.
     """
     _check_key(key)
-    images = checks.as_array("images", images, "an array")
-    image_axes = _as_image_axes(image_axes, images)
-    targets, last = _transforms.classes_last(_targets.as_targets(targets), axis)
-    _check_batch("images", [images], targets)
-    batch, pixels = _targets.batch_of(targets), tuple(images.shape[a] for a in (0, *image_axes))
+    pixels = checks.as_array("images", images, "an array")
+    image_axes = _as_image_axes(image_axes, pixels)
+    masses, last = _transforms.classes_last(_targets.as_targets(targets), axis)
+    _check_batch("images", [pixels], masses)
+    batch, of_pixels = _targets.batch_of(masses), tuple(pixels.shape[a] for a in (0, *image_axes))
     checks.check(
-        len(batch) != 3 or batch == pixels,
-        f"targets: expected a batch of {pixels[:1]}, one for each image, or {pixels}, one for each "
-        f"pixel along image_axes={image_axes}, got {batch}",
+        len(batch) != 3 or batch == of_pixels,
+        f"targets: expected a batch of {of_pixels[:1]}, one for each image, or {of_pixels}, one "
+        f"for each pixel along image_axes={image_axes}, got {batch}",
+    )
+    checks.check(
+        len(batch) != 3 or where is None,
+        "where: expected None beside targets of each pixel, which are pasted as they are, got a "
+        "mask: paste it too, as images under the same key",
     )
     alpha = _transforms.as_number("alpha", alpha, 0, math.inf)
-    if where is not None:
-        checks.check(
-            len(batch) != 3,
-            "where: expected None beside targets of each pixel, which are pasted as they are, got "
-            "a mask: paste it too, as images under the same key",
-        )
-        where = _as_mask_of_targets(where, targets)
+    mask = None if where is None else _as_mask_of_targets(where, masses)
     key, centre_key = jax.random.split(key)
-    lam, order = _draw(key, alpha, batch=pixels[0], per_example=per_example)
-    images, targets = _cutmix(centre_key, images, targets, lam, order, where, image_axes=image_axes)
-    return images, _transforms.classes_at(targets, last)
+    lam, order = _draw(key, alpha, batch=of_pixels[0], per_example=per_example)
+    pixels, masses = _cutmix(centre_key, pixels, masses, lam, order, mask, image_axes=image_axes)
+    return pixels, _transforms.classes_at(masses, last)
 
 
 @functools.partial(jax.jit, static_argnames="image_axes", inline=True)

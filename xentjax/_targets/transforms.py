@@ -17,7 +17,7 @@ from jaxtyping import Array, ArrayLike
 from xentjax._jax import checks
 from xentjax._jax import mesh as _mesh
 from xentjax._targets import types as _targets
-from xentjax._targets.types import SparseTargets, Targets
+from xentjax._targets.types import AnyTargets, SparseTargets, Targets
 
 Floats = ArrayLike | Sequence[float]
 Sparse = SparseTargets | int | Sequence[int] | npt.NDArray[np.integer[Any]]
@@ -310,13 +310,14 @@ def dense_targets(targets: Targets, num_classes: int, *, axis: int = -1) -> Arra
        [1. 0. 0.]]
     """
     _targets.check_num_classes("num_classes", num_classes)
-    targets, axis = classes_last(_targets.as_targets(targets), axis)
-    known = _targets.num_classes_of(targets)
+    masses, axis = classes_last(_targets.as_targets(targets), axis)
+    known = _targets.num_classes_of(masses)
     checks.check(
         known in (None, num_classes),
         f"targets: expected {num_classes} classes, num_classes, got {known}",
     )
-    return classes_at(_dense(targets, int(num_classes)), axis)
+    dense: Array = _dense(masses, int(num_classes))
+    return classes_at(dense, axis)
 
 
 @functools.partial(jax.jit, static_argnames="num_classes", inline=True)
@@ -362,7 +363,7 @@ def _background_rows(targets, num_classes):
     return (mass[..., None] * background).sum(-2)
 
 
-def classes_last(targets, axis):
+def classes_last(targets: AnyTargets, axis: int) -> tuple[AnyTargets, int]:
     """Returns (targets with their classes last, the class axis): checked, whatever the form."""
     ndim = len(_targets.batch_of(targets)) + 1
     checks.check(not isinstance(axis, Sequence), f"axis: expected an int, got {axis!r}", TypeError)
@@ -372,7 +373,7 @@ def classes_last(targets, axis):
     return targets, axis
 
 
-def classes_at(targets, axis):
+def classes_at(targets: AnyTargets, axis: int) -> AnyTargets:
     """Undoes `classes_last`."""
     if isinstance(targets, SparseTargets) or axis == targets.ndim - 1:
         return targets

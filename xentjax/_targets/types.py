@@ -5,8 +5,8 @@ A target is a non-negative mass t_v over the V classes. Its total T = Σ_v t_v n
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -59,9 +59,9 @@ class SparseTargets:
 
     def __post_init__(self):
         """Gives the background the axes of size 1 that keep it whole."""
-        parts = (self.indices, self.background_mass, self.background)
+        parts: Any = (self.background, self.background_mass, self.indices)
         if all(isinstance(x, jax.Array | np.ndarray) for x in parts):
-            mass, background = _for_all_examples(*parts)
+            mass, background = _for_all_examples(*reversed(parts))
             object.__setattr__(self, "background_mass", mass)
             object.__setattr__(self, "background", background)
 
@@ -100,8 +100,11 @@ class SparseTargets:
         )
 
 
-Targets = ArrayLike | SparseTargets
-"""Integer labels [...], dense targets float[..., V], or SparseTargets."""
+Targets = ArrayLike | Sequence[Any] | SparseTargets
+"""Integer labels [...], dense targets float[..., V], or SparseTargets; arrays may be lists."""
+
+AnyTargets = TypeVar("AnyTargets", bound=jax.Array | SparseTargets)
+"""Dense targets, or SparseTargets: the same kind as came in."""
 
 
 def _for_all_examples(
@@ -133,7 +136,7 @@ def _index_of_examples(index: Any, batch: tuple[int, ...]) -> tuple[Any, ...]:
     for i in index:  # JAX clips an index out of range.
         if isinstance(i, int | np.integer) and not isinstance(i, bool):
             checks.check(
-                -batch[axis] <= i < batch[axis],
+                -batch[axis] <= int(i) < batch[axis],
                 f"index: expected one of {batch[axis]} examples along axis {axis}, got {i}",
                 IndexError,
             )
@@ -145,8 +148,9 @@ def _axes_indexed(i: Any) -> int:
     """Returns how many axes of an array one part of an index stands for."""
     if i is None or i is Ellipsis:
         return 0
-    is_mask = not isinstance(i, slice) and jnp.issubdtype(jnp.result_type(i), jnp.bool_)
-    return np.ndim(i) if is_mask else 1
+    if isinstance(i, slice):
+        return 1
+    return np.ndim(i) if jnp.issubdtype(jnp.result_type(i), jnp.bool_) else 1
 
 
 def as_targets(targets: Targets, name: str = "targets") -> jax.Array | SparseTargets:
@@ -230,18 +234,19 @@ def check_num_classes(name: str, num_classes: Any) -> None:
     """Raises TypeError or ValueError unless `num_classes` is a positive int."""
     is_int = isinstance(num_classes, int | np.integer) and not isinstance(num_classes, bool)
     checks.check(
-        is_int and num_classes > 0,
+        is_int and int(num_classes) > 0,
         f"{name}: expected a positive int, got {num_classes!r}",
         ValueError if is_int else TypeError,
     )
 
 
-def as_classes(name: str, x: ArrayLike) -> jax.Array:
+def as_classes(name: str, x: Any) -> jax.Array:
     """Returns `x` as a jax array; integers too large for int32 stay out of range, not wrapped."""
     if isinstance(x, np.ndarray | np.generic) and np.issubdtype(x.dtype, np.integer):
         x = _as_int32(x)  # At once: where JAX has no int64 it would wrap.
     x = checks.as_array(name, x, "integer labels, floating dense targets or SparseTargets")
-    return _as_int32(x) if jnp.issubdtype(x.dtype, jnp.integer) else x
+    is_wide = x.dtype != jnp.int32 and jnp.issubdtype(x.dtype, jnp.integer)
+    return _as_int32(x) if is_wide else x
 
 
 def _as_int32(x: Any) -> Any:
@@ -291,7 +296,8 @@ def _hint(
     """Returns advice for labels of a shape that is not the batch's, or nothing."""
     if given == (*batch, num_classes):
         return "; make masses float: targets.astype(jnp.float32)"
-    fitting = [a for a, _ in enumerate(shape or ()) if (*shape[:a], *shape[a + 1 :]) == given]
+    shape = shape or ()
+    fitting = [a for a in range(len(shape)) if (*shape[:a], *shape[a + 1 :]) == given]
     return f"; they fit classes along axis={fitting[0]}" if fitting else ""
 
 
@@ -310,9 +316,7 @@ def is_valid(labels: jax.Array, num_classes: int) -> jax.Array:
     return (labels >= 0) & (labels < num_classes)
 
 
-def map_examples(
-    function: Callable[[jax.Array], jax.Array], targets: jax.Array | SparseTargets
-) -> jax.Array | SparseTargets:
+def map_examples(function: Callable[[Any], Any], targets: AnyTargets) -> AnyTargets:
     """Applies `function` to every array that has the batch's axes: all but the background."""
     if not isinstance(targets, SparseTargets):
         return function(targets)
@@ -325,9 +329,7 @@ def map_examples(
     )
 
 
-def map_masses(
-    function: Callable[[jax.Array], jax.Array], targets: jax.Array | SparseTargets
-) -> jax.Array | SparseTargets:
+def map_masses(function: Callable[[Any], Any], targets: AnyTargets) -> AnyTargets:
     """Applies `function` to every array of mass: dense, or weights and background_mass."""
     if not isinstance(targets, SparseTargets):
         return function(targets)
@@ -349,9 +351,7 @@ def num_classes_of(targets: jax.Array | SparseTargets) -> int | None:
     return targets.num_classes if isinstance(targets, SparseTargets) else targets.shape[-1]
 
 
-def in_dtype(
-    targets: jax.Array | SparseTargets, dtype: jax.typing.DTypeLike
-) -> jax.Array | SparseTargets:
+def in_dtype(targets: AnyTargets, dtype: jax.typing.DTypeLike) -> AnyTargets:
     """Returns targets with all their mass in a dtype."""
     targets = map_masses(lambda mass: mass.astype(dtype), targets)
     if not isinstance(targets, SparseTargets) or targets.background is None:
@@ -360,9 +360,9 @@ def in_dtype(
 
 
 def mass_dtype(*trees: Any) -> jnp.dtype:
-    """Returns float64 where some array of `trees` is, and float32; Python numbers do not count."""
-    leaves = jax.tree.leaves(trees)
-    return wide_dtype(*(x.dtype for x in leaves if not getattr(x, "weak_type", True)))
+    """Returns float64 where some array of `trees` is, else float32; Python numbers do not count."""
+    arrays = (x for x in jax.tree.leaves(trees) if x.ndim > 0 or not x.weak_type)
+    return wide_dtype(*(x.dtype for x in arrays))
 
 
 def stacked_background(targets: SparseTargets) -> jax.Array | None:
