@@ -29,7 +29,7 @@ def surprisal(p: ArrayLike, *, base: float | None = None) -> Float[Array, "*shap
 
     Args:
       p: Probabilities, float[...].
-      base: Of the logarithm: 2 gives bits; None is e, for nats.
+      base: The base of the logarithm: 2 gives bits; None is e, for nats.
 
     Returns:
       Surprisals, of the shape of p, float32 (float64 for float64); +inf where p is 0.
@@ -59,7 +59,7 @@ def entropy(
     Args:
       p: Probabilities, float[..., V].
       axis: The axis of the outcomes, or several.
-      base: Of the logarithm: 2 gives bits; None is e, for nats.
+      base: The base of the logarithm: 2 gives bits; None is e, for nats.
 
     Returns:
       Entropies, of p's shape without `axis`.
@@ -91,7 +91,7 @@ def cross_entropy(
       p: The truth, float[..., V].
       q: The prediction, of the shape of p. From logits, `softmax_cross_entropy` is more exact.
       axis: The axis of the outcomes, or several.
-      base: Of the logarithm: 2 gives bits; None is e, for nats.
+      base: The base of the logarithm: 2 gives bits; None is e, for nats.
 
     Returns:
       Cross-entropies, of p's shape without `axis`; +inf where q is 0 and p is not.
@@ -125,7 +125,7 @@ def kl_divergence(
       p: The truth, float[..., V].
       q: The prediction, of the shape of p.
       axis: The axis of the outcomes, or several.
-      base: Of the logarithm: 2 gives bits; None is e, for nats.
+      base: The base of the logarithm: 2 gives bits; None is e, for nats.
 
     Returns:
       Divergences, of p's shape without `axis`; +inf where q is 0 and p is not.
@@ -159,7 +159,7 @@ def js_divergence(
       p: A distribution, float[..., V].
       q: Another, of the shape of p.
       axis: The axis of the outcomes, or several.
-      base: Of the logarithm: 2 gives bits; None is e, for nats.
+      base: The base of the logarithm: 2 gives bits; None is e, for nats.
 
     Returns:
       Divergences, of p's shape without `axis`.
@@ -217,7 +217,7 @@ def softmax_surprisal(
     Args:
       logits: z, float[..., V].
       axis: The class axis, or several.
-      base: Of the logarithm: 2 gives bits; None is e, for nats.
+      base: The base of the logarithm: 2 gives bits; None is e, for nats.
 
     Returns:
       Surprisals, of the shape of logits.
@@ -250,7 +250,7 @@ def softmax_entropy(
     Args:
       logits: z, float[..., V].
       axis: The class axis, or several.
-      base: Of the logarithm: 2 gives bits; None is e, for nats.
+      base: The base of the logarithm: 2 gives bits; None is e, for nats.
 
     Returns:
       Entropies, of the logits' shape without `axis`.
@@ -290,9 +290,9 @@ def softmax_kl_divergence(
       p_logits: Logits of the truth, float[..., V].
       q_logits: Logits of the prediction, of the same shape.
       axis: The class axis, or several.
-      where: Of the result's shape: examples to keep, the others have divergence and gradient 0. Of
-        the logits' shape: classes to keep, the others have probability 0 in both distributions.
-      base: Of the logarithm: 2 gives bits; None is e, for nats.
+      where: A mask of the result's shape keeps examples, the others have divergence and gradient 0;
+        one of the logits' shape keeps classes, the others have probability 0 in both distributions.
+      base: The base of the logarithm: 2 gives bits; None is e, for nats.
 
     Returns:
       Divergences, of the logits' shape without `axis`; +inf where q is 0 and p is not.
@@ -323,7 +323,7 @@ def softmax_kl_divergence(
     return _in_base(divergences, base)
 
 
-# Of probabilities.
+# Measures of probabilities.
 
 
 def _probabilities(name, p):
@@ -406,7 +406,7 @@ def _log_ratio_value(p, q):
     return jnp.where(near, arithmetic.log1p(change), far)
 
 
-# Of logits.
+# The divergence of logits.
 #
 # With d_v = q_logits − p_logits less its mean under p, so that Σ p_v · d_v = 0:
 #
@@ -437,16 +437,18 @@ class _KLOfLogits(Rule):
 
     axes: tuple[int, ...]
 
-    def reference(self, p_logits, q_logits):
+    def reference(self, *args):
+        p_logits, q_logits = args
         return jnp.squeeze(_kl_parts(p_logits, q_logits, self.axes).divergence, self.axes)
 
-    def forward(self, backend, needs_grad, p_logits, q_logits):
+    def forward(self, backend, needs_grad, *args):
         del backend, needs_grad
-        return self.reference(p_logits, q_logits), ()
+        return self.reference(*args), ()
 
     def backward(self, backend, needs_grad, args, summary, cotangents):
         del backend, needs_grad, summary
-        parts = _kl_parts(*args, self.axes)
+        p_logits, q_logits = args
+        parts = _kl_parts(p_logits, q_logits, self.axes)
         cotangent = jnp.expand_dims(cotangents, self.axes)
         none = (cotangent == 0) | parts.empty
         slopes = -parts.p * parts.d, parts.q_less_p()

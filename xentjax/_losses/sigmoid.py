@@ -69,8 +69,8 @@ def multilabel_cross_entropy(
       logits: z, float[..., V].
       targets: t, the probability of each label in [0, 1], of the shape of logits.
       axis: The axis of the labels, or several.
-      where: Of the loss's shape: examples to keep, the others have loss and gradient 0. Of the
-        logits' shape: labels to keep, the others add nothing.
+      where: A mask of the loss's shape keeps examples, the others have loss and gradient 0; one of
+        the logits' shape keeps labels, the others add nothing.
 
     Returns:
       One loss per example in nats, of the logits' shape without `axis`, float32 (float64 for
@@ -178,14 +178,16 @@ def _binary_cross_entropy(probabilities, t):
 class _SigmoidCrossEntropy(Rule):
     """(logits, targets) -> losses, element by element."""
 
-    def reference(self, logits, targets):
+    def reference(self, *args):
+        logits, targets = args
         z = logits.astype(targets.dtype)
         size = jnp.where(z < 0, -z, z)
         wrong = jnp.where(z < 0, targets, 1 - targets)
         return _times(wrong, size) + jnp.log1p(jnp.exp(-size))
 
-    def forward(self, backend, needs_grad, logits, targets):
+    def forward(self, backend, needs_grad, *args):
         del backend, needs_grad
+        logits, targets = args
         z = logits.astype(targets.dtype)
         return _linear(z, targets) + jnp.log1p(jnp.exp(-jnp.abs(z))), ()
 
