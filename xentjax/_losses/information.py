@@ -417,14 +417,14 @@ def _log_ratio_value(p, q):
 @functools.partial(jax.jit, static_argnums=(3, 4))
 def _softmax_kl_divergence(p_logits, q_logits, where, axes, dtype):
     a, b = p_logits.astype(dtype), q_logits.astype(dtype)
-    of_examples = where is not None and where.shape != a.shape
-    if of_examples:
-        examples = jnp.expand_dims(where, axes)
-        a, b = jnp.where(examples, a, 0), jnp.where(examples, b, 0)
-    elif where is not None:
-        a, b = jnp.where(where, a, -jnp.inf), jnp.where(where, b, -jnp.inf)
-    divergences = apply(_KLOfLogits(axes), a, b)
-    return jnp.where(where, divergences, 0) if of_examples else divergences
+    rule = _KLOfLogits(axes)
+    if where is None:
+        return apply(rule, a, b)
+    if where.shape == a.shape:
+        return apply(rule, *(jnp.where(where, z, -jnp.inf) for z in (a, b)))
+    examples = jnp.expand_dims(where, axes)
+    divergences = apply(rule, *(jnp.where(examples, z, 0) for z in (a, b)))
+    return jnp.where(where, divergences, 0)
 
 
 @dataclasses.dataclass(frozen=True)
