@@ -3,8 +3,8 @@
 | summary | when |
 |---|---|
 | portable | fewer than 2¹⁴ logits: they cost less than another kernel does |
-| whole | the gradient follows, and its array may hold the exponentials until then |
-| row blocks | all else: exponentials of a few rows at a time stay in the cache |
+| whole | the exponentials may be an array: of fewer than 2²³, or of the gradient that follows |
+| row blocks | all else, and dense mass: a few rows at a time stay in the cache |
 
 | gradient | when |
 |---|---|
@@ -16,9 +16,10 @@ A whole gradient asks for the exponentials by the formula of the whole summary, 
 them once, and the gradient takes their place.
 
 Three habits of the compiler (seen on jaxlib 0.10.2 and 0.12) make the difference. A sum with an
-exponential in it is not vectorised where rows are long, but an array of exponentials and its sum
-are. A sum and what follows it become one kernel, which runs on one core. A choice between classes
-inside a sum takes as long as the exponentials; overwriting an entry before the sum costs nothing.
+operation in it is not vectorised where rows are long, but those of a chunk of a row, or of an array
+that is made before, are. A sum and the operations after it become one kernel, which runs on one
+core. A choice between classes inside a sum takes as long as the exponentials; overwriting an entry
+before the sum costs little.
 """
 
 import math
@@ -30,41 +31,57 @@ import jax.numpy as jnp
 
 from xentjax._jax.dtypes import wide
 from xentjax._softmax import portable
-from xentjax._softmax.partial import GradientTerms, PartialSoftmax, exponentials, finite
+from xentjax._softmax.partial import LIFT, GradientTerms, PartialSoftmax, exponentials, finite
 from xentjax._targets.mass import DenseMass, Mass, SparseMass, add_at, at_class, set_at
+
+MIN_CHUNK = 100
+"""Sums over chunks of fewer classes take longer than the sum over all of them."""
 
 
 def summarise(
     logits: jax.Array, mass: Mass, with_gradient: bool, rows: int | None = None
 ) -> PartialSoftmax:
     """Returns the PartialSoftmax of logits [..., V], so many rows at a time; None: all at once."""
+    summary = _with_any_leader if mass.has_prior else _with_a_point_for_leader
+    return summary(logits, mass, with_gradient, rows)
 
-    def of_rows(logits: jax.Array, mass: Mass) -> PartialSoftmax:
-        return _summarise(logits, mass, with_gradient)
 
-    return (
-        of_rows(logits, mass) if rows is None else _map_row_blocks(of_rows, logits, mass, rows=rows)
+def _with_a_point_for_leader(logits, mass, with_gradient, rows):
+    """The summary where no class but a point may be heavy: a point is left out of the sum."""
+    point, has_gaps = mass.leader(logits), mass.background_mass is not None
+
+    def sums_of(logits, point):
+        z = wide(logits)
+        m = _max(z)
+        others = _sum(set_at(exponentials(z, m), point, jnp.zeros_like(m)))
+        if not has_gaps:
+            return m, others
+        # Without a barrier XLA would make an array of m, as large as the logits.
+        return m, others, _sum(jax.lax.optimization_barrier(finite(m))[..., None] - z)
+
+    m, others, *gaps = _map_row_blocks(sums_of, logits, point, rows=rows)
+    rest = portable.rest_beside(others, wide(at_class(logits, point)), m)
+    excess = mass.excess(logits, finite(m), lambda _: gaps[0])
+    return PartialSoftmax(
+        m, rest, mass.total(), mass.beside(point) if with_gradient else None, excess
     )
 
 
-def _summarise(logits, mass, with_gradient):
-    z = wide(logits)
-    m = fusion_barrier(z.max(-1))
-    e = _exponentials(z, m, logits, mass)
-    mass_of_rest = None
-    # A choice of 0 · inf = 0 in a sum is slow: such a cost is an array before it is summed.
-    add = _sum_of_array if mass.has_prior else _sum
-    excess = mass.excess(z, finite(m), add)
-    if mass.has_prior:
-        rest, held = _rest_and_held(e, z, m, mass)
-        if with_gradient:
-            mass_of_rest = jnp.maximum(mass.total(_sum) - held, 0)
-    else:
-        c = mass.leader(logits)
-        rest = portable.rest_beside(_sum(e), wide(at_class(logits, c)), m)
-        if with_gradient:
-            mass_of_rest = mass.beside(c)
-    return PartialSoftmax(m, rest, mass.total(_sum), mass_of_rest, excess)
+def _with_any_leader(logits, mass, with_gradient, rows):
+    """The summary where any class may be heavy: the leader is looked for."""
+
+    def of_rows(logits, mass):
+        z = wide(logits)
+        m = _max(z)
+        e = exponentials(z, m)
+        below = jnp.where(e >= LIFT, jnp.zeros_like(e), e)
+        rest = portable.rest_below(_sum_of_array(below), _sum_of_array(e))
+        # A choice of 0 · inf = 0 in a sum is slow: the cost is an array before it is summed.
+        excess = mass.excess(z, finite(m), _sum_of_array)
+        mass_of_rest = mass.below(z, m) if with_gradient else None
+        return PartialSoftmax(m, rest, mass.total(_sum), mass_of_rest, excess)
+
+    return _map_row_blocks(of_rows, logits, mass, rows=rows)
 
 
 def gradient(
@@ -75,10 +92,7 @@ def gradient(
     rows: int | None = None,
 ) -> jax.Array:
     """Returns what `portable.gradient` does, so many rows at a time; None: all at once."""
-    if rows is None:
-        return _gradient(terms, whole, logits, mass)
-    args = terms, whole, logits, mass
-    return _map_row_blocks(_gradient, *args, rows=rows)
+    return _map_row_blocks(_gradient, terms, whole, logits, mass, rows=rows)
 
 
 def _gradient(terms, whole, logits, mass):
@@ -105,49 +119,30 @@ def _exponentials(z, max_logit, logits, mass):
     return set_at(e, c, jnp.zeros_like(max_logit))
 
 
-def _rest_and_held(e, z, max_logit, mass):
-    """Returns (rest, the mass on the leader), where any class may be the heavy one.
-
-    Where the total is below 2, the chunk of classes with the largest sum has the leader, and it
-    alone is looked at once more.
-    """
-    density = jnp.broadcast_to(mass.density(), z.shape)
-    sums = _sum_of_array(_chunks(e))
-    heaviest = jnp.argmax(sums, axis=-1)
-    e_there, z_there, t_there = (_chunk(x, heaviest) for x in (e, z, density))
-    leads = z_there == max_logit[..., None]
-    below = _sum(jnp.where(leads, jnp.zeros_like(e_there), e_there))
-    held = _sum(jnp.where(leads, t_there, jnp.zeros_like(t_there)))
-    elsewhere = jnp.where(portable.is_class(heaviest, sums), jnp.zeros_like(sums), sums).sum(-1)
-    if mass.points is not None:
-        held = held + mass.at(_class_of(leads, heaviest, e_there.shape[-1]))
-    total = fusion_barrier(sums.sum(-1))
-    return portable.rest_below(elsewhere + below, total), held
-
-
-def _class_of(leads, chunk, length):
-    return chunk * length + jnp.argmax(leads, axis=-1)
-
-
 def _chunks(x):
     """Returns x [..., V] as chunks of classes, [..., C, L]."""
     return x.reshape(*x.shape[:-1], -1, _chunk_length(x.shape[-1]))
 
 
-def _chunk(x, which):
-    """Returns one chunk of classes of each example, [..., L]."""
-    return jnp.take_along_axis(_chunks(x), which[..., None, None], axis=-2, mode="clip")[..., 0, :]
-
-
 def _chunk_length(num_classes: int) -> int:
-    """Returns the least length from 100 on that divides the classes; or all of them."""
-    lengths = range(max(100, num_classes // 128), num_classes // 2 + 1)
+    """Returns the least length of at least MIN_CHUNK that divides the classes; or all of them."""
+    lengths = range(max(MIN_CHUNK, num_classes // 128), num_classes // 2 + 1)
     return next((n for n in lengths if num_classes % n == 0), num_classes)
 
 
+def _max(x):
+    """Returns max_v x_v, [...]."""
+    return fusion_barrier(fusion_barrier(_chunks(x).max(-1)).max(-1))
+
+
 def _sum(x: jax.Array) -> jax.Array:
-    """Returns Σ_v x_v, [...], in a kernel of its own."""
-    return fusion_barrier(x.sum(-1))
+    """Returns Σ_v x_v, [...], in kernels of its own: over chunks of classes, and over chunks."""
+    return fusion_barrier(_sum_of_chunks(x).sum(-1))
+
+
+def _sum_of_chunks(x):
+    """Returns the sum over each chunk of classes, [..., C]."""
+    return fusion_barrier(_chunks(x).sum(-1))
 
 
 def _sum_of_array(x: jax.Array) -> jax.Array:
@@ -160,11 +155,13 @@ def fusion_barrier(x: jax.Array) -> jax.Array:
     return jnp.where(jnp.isnan(x), jnp.full_like(x, jnp.nan), x)
 
 
-def _map_row_blocks(function: Callable[..., Any], *args: Any, rows: int) -> Any:
+def _map_row_blocks(function: Callable[..., Any], *args: Any, rows: int | None) -> Any:
     """Returns function(*args), a tree of arrays [...] or [..., V], so many rows at a time.
 
-    The arguments are masses and trees of arrays, logits among them.
+    The arguments are masses and trees of arrays, logits among them. None is all rows at once.
     """
+    if rows is None:
+        return function(*args)
     logits = next(x for x in args if isinstance(x, jax.Array))
     batch = logits.shape[:-1]
     size = math.prod(batch)

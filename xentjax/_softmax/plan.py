@@ -21,11 +21,11 @@ from xentjax._targets.mass import Mass
 MIN_CPU_LOGITS = 2**14
 """Fewer logits cost less than the kernels that the CPU backend has more."""
 
-ROW_BLOCK_LOGITS = 2**19
-"""So many logits, 2 MiB of float32, are near enough to two cores to be read again."""
+ROW_BLOCK_BYTES = 2**22
+"""Arrays of so many bytes in all, made for a block of rows, are soon read again from the cache."""
 
-MAX_KEPT_LOGITS = 2**23
-"""Fewer logits may have an array of float32 exponentials that is not the gradient's own, 32 MiB."""
+MAX_WHOLE_LOGITS = 2**23
+"""Fewer logits may have an array of float32 exponentials, 32 MiB, that is not their gradient."""
 
 FORCED = os.environ.get("XENTJAX_BACKEND")
 
@@ -68,13 +68,18 @@ def make_plan(
     size = math.prod(shape)
     if backend == "portable" or size < MIN_CPU_LOGITS:
         return Plan("portable")
-    rows = max(1, ROW_BLOCK_LOGITS // shape[-1])
-    fits = size < MAX_KEPT_LOGITS
-    is_wide = jnp.dtype(dtype) == wide_dtype(dtype)
+    # A prior or dense mass has arrays beside the exponentials: itself, its costs, a choice.
+    row_bytes = shape[-1] * wide_dtype(dtype).itemsize * (4 if has_prior else 1)
+    rows = max(1, ROW_BLOCK_BYTES // row_bytes)
+    fits, is_wide = size < MAX_WHOLE_LOGITS, jnp.dtype(dtype) == wide_dtype(dtype)
     one_block = rows * shape[-1] >= size
-    summary_whole = one_block or (with_gradient and (fits or (is_wide and not has_prior)))
-    gradient_whole = one_block or fits or is_wide
-    return Plan("cpu", None if summary_whole else rows, None if gradient_whole else rows)
+    summary_whole = not has_prior and (fits or (with_gradient and is_wide))
+    gradient_whole = fits or is_wide
+    return Plan(
+        "cpu",
+        None if one_block or summary_whole else rows,
+        None if one_block or gradient_whole else rows,
+    )
 
 
 def summarise(

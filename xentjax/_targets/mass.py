@@ -186,6 +186,8 @@ class SparseMass:
 
         Where there is no prior, no other class can have p and t both near their largest.
         """
+        if self.indices.shape[-1] == 1:
+            return self.indices[..., 0]
         z = at_classes(logits, self.indices)
         z = jnp.where(self.weights == 0, jnp.full_like(z, -jnp.inf), z)
         return at_class(self.indices, jnp.argmax(z, axis=-1))
