@@ -22,6 +22,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import jax
+from jax.core import ShapedArray
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
@@ -36,26 +37,18 @@ class Rule:
 
     Arguments are pytrees of arrays. `needs_grad` is the tuple of arguments with a bool at each
     array: whether its derivative is asked for.
+
+    Attributes:
+      reference: (*args) -> the outputs by a plain formula, which is right to differentiate.
+      forward: (backend, needs_grad, *args) -> (outputs, summary for `backward`). The summary of a
+        value alone may be anything.
+      backward: (backend, needs_grad, args, summary, cotangents) -> the cotangents of args, trees
+        like them; only those asked for are looked at.
     """
 
-    def reference(self, *args: Any) -> Any:
-        """Returns the outputs by a plain formula, whose derivatives of any order are right."""
-        raise NotImplementedError
-
-    def forward(self, backend: Backend, needs_grad: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
-        """Returns (outputs, summary for `backward`). A value alone needs no summary."""
-        raise NotImplementedError
-
-    def backward(
-        self,
-        backend: Backend,
-        needs_grad: tuple[Any, ...],
-        args: tuple[Any, ...],
-        summary: Any,
-        cotangents: Any,
-    ) -> tuple[Any, ...]:
-        """Returns the cotangents of args, trees like them; only those asked for are looked at."""
-        raise NotImplementedError
+    reference: Callable[..., Any]
+    forward: Callable[..., tuple[Any, Any]]
+    backward: Callable[..., tuple[Any, ...]]
 
 
 def apply(rule: Rule, *args: Any) -> Any:
@@ -140,8 +133,8 @@ class _Call:
     ) -> list[Any]:
         if self.maps:
             function = functools.partial(self._inside().evaluate_pullback, backend=backend)
-            mapped = self._vmap(function, list(self.maps[0].axes), 0, 0)
-            return self._sum_shared(mapped(list(leaves), list(summary), list(cotangents)))
+            function = self._vmap(function, list(self.maps[0].axes), 0, 0)
+            return self._sum_shared(function(list(leaves), list(summary), list(cotangents)))
         output_def, summary_def, _ = self._signature(leaves)
         answer = self.rule.backward(
             backend,
@@ -185,7 +178,7 @@ class _Call:
     def _inside(self):
         return dataclasses.replace(self, maps=self.maps[1:])
 
-    def _vmap(self, function, *axes):
+    def _vmap(self, function: Callable[..., Any], *axes: Any) -> Callable[..., Any]:
         return jax.vmap(function, in_axes=axes, axis_size=self.maps[0].size)
 
     def _sum_shared(self, cotangents):
@@ -221,7 +214,7 @@ class _Call:
 
 def _type_of(x):
     """Returns the type of an array; a type is its own."""
-    return x if isinstance(x, jax.core.ShapedArray) else jax.typeof(x)
+    return x if isinstance(x, ShapedArray) else jax.typeof(x)
 
 
 @functools.lru_cache(maxsize=1024)

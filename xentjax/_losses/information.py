@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float
 
 from xentjax._jax import arithmetic, checks
+from xentjax._jax import mesh as meshes
 from xentjax._jax.dtypes import wide_dtype
 from xentjax._jax.rule import Rule, apply
 from xentjax._losses import arguments
@@ -241,7 +242,11 @@ def softmax_surprisal(
 
 
 def softmax_entropy(
-    logits: ArrayLike, *, axis: int | Sequence[int] = -1, base: float | None = None
+    logits: ArrayLike,
+    *,
+    axis: int | Sequence[int] = -1,
+    where: ArrayLike | None = None,
+    base: float | None = None,
 ) -> Float[Array, "*batch"]:
     """Entropy of softmax(logits).
 
@@ -250,14 +255,16 @@ def softmax_entropy(
     Args:
       logits: z, float[..., V].
       axis: The class axis, or several.
+      where: A mask of the result's shape keeps examples; the others have entropy and gradient 0. A
+        mask of the logits' shape keeps classes.
       base: The base of the logarithm: 2 gives bits; None is e, for nats.
 
     Returns:
       Entropies, of the logits' shape without `axis`.
 
     Raises:
-      TypeError: logits are not floating-point.
-      ValueError: The axis does not fit, or base is not a positive number other than 1.
+      TypeError: logits are not floating-point, or where is not bool.
+      ValueError: The axis or where does not fit, or base is not a positive number other than 1.
 
     Example:
       >>> import jax.numpy as jnp
@@ -269,7 +276,15 @@ def softmax_entropy(
       Shannon, A Mathematical Theory of Communication, 1948, section 6.
     """
     logits, axes = arguments.as_logits("logits", logits, axis)
-    return _in_base(entropies(*arguments.masked_logits(logits, None, axes)), base)
+    if where is not None:
+        where = checks.as_array("where", where, "a bool array")
+    run = functools.partial(_softmax_entropy, axes=axes)
+    return _in_base(meshes.on_automatic_axes(run, logits, axes)(logits, where), base)
+
+
+@arguments.jit_unless_traced("axes")
+def _softmax_entropy(logits, where, axes):
+    return entropies(*arguments.masked_logits(logits, where, axes))
 
 
 def softmax_kl_divergence(

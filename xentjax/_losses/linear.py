@@ -321,6 +321,7 @@ def make_plan(
       shards: How many devices share the classes.
     """
     num_tokens, features, num_classes = sizes
+    is_known = isinstance(num_tokens, int)  # `jax.export` knows some sizes by name alone.
     checks.check(
         memory_budget is None or (isinstance(memory_budget, int) and memory_budget >= 0),
         f"memory_budget: expected a number of bytes (an integer) or None, got {memory_budget!r}",
@@ -330,14 +331,15 @@ def make_plan(
     budget = default if memory_budget is None else max(memory_budget - accumulator, 0)
     row = itemsize * num_classes
     tokens = budget // 2 // row  # Half is for the logits that are kept.
-    keeps_logits = tokens >= min(num_tokens, MIN_BLOCK)
+    keeps_logits = is_known and tokens >= min(num_tokens, MIN_BLOCK)
     if not keeps_logits:
         budget = default if memory_budget is None else memory_budget
         tokens = RECOMPUTED_TOKENS
-    tokens = _even(num_tokens, tokens)
+    tokens = _even(num_tokens, tokens) if is_known else RECOMPUTED_TOKENS
     # A block has a few arrays of [tokens, classes], and of [features, classes].
     classes = budget // 4 // (itemsize * (2 * tokens + features))
-    return HeadPlan(tokens, _even(num_classes, classes), keeps_logits)
+    blocks = _even(num_classes, classes)
+    return HeadPlan(tokens if is_known else num_tokens, blocks, keeps_logits)
 
 
 DEFAULT_BUDGET_BYTES = 2**29

@@ -12,6 +12,7 @@ from jaxtyping import ArrayLike
 
 from xentjax._jax import checks
 from xentjax._jax import mesh as meshes
+from xentjax._softmax.head_blocks import identity
 
 LogitTransform = Callable[[jax.Array], jax.Array]
 """An elementwise function of logits."""
@@ -98,11 +99,6 @@ class Elementwise:
         for _ in range(logits.ndim):
             function = jax.vmap(function, in_axes=(0, *(None for _ in constants)))
         return function(logits, *constants)
-
-
-def identity(logits: jax.Array) -> jax.Array:
-    """Returns the logits as they are."""
-    return logits
 
 
 def converted(

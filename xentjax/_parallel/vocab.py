@@ -71,7 +71,7 @@ def vocab_parallel_softmax_cross_entropy(
     mesh_axes = meshes.axis_names(axis_name)
     meshes.check_shards("logits", logits, mesh_axes)
     z, mask = arguments.masked_logits(logits, where, axes, "the shard of classes")
-    if where is not None and jnp.shape(where) == logits.shape:
+    if mask is not None and where is not None and jnp.shape(where) == logits.shape:
         # A shard may have no class left where another one has some.
         mask = jax.lax.psum(mask.astype(jnp.int32), mesh_axes) > 0
     dtype = wide_dtype(logits.dtype)

@@ -32,7 +32,14 @@ import jax.numpy as jnp
 from xentjax._jax.dtypes import wide
 from xentjax._softmax import portable
 from xentjax._softmax.partial import LIFT, GradientTerms, PartialSoftmax, exponentials, finite
-from xentjax._targets.mass import DenseMass, Mass, SparseMass, add_at, at_class, set_at
+from xentjax._targets.mass import (
+    Mass,
+    add_at,
+    at_class,
+    map_examples,
+    only_points_are_heavy,
+    set_at,
+)
 
 MIN_CHUNK = 100
 """Sums over chunks of fewer classes take longer than the sum over all of them."""
@@ -42,8 +49,9 @@ def summarise(
     logits: jax.Array, mass: Mass, with_gradient: bool, rows: int | None = None
 ) -> PartialSoftmax:
     """Returns the PartialSoftmax of logits [..., V], so many rows at a time; None: all at once."""
-    summary = _with_any_leader if mass.has_prior else _with_a_point_for_leader
-    return summary(logits, mass, with_gradient, rows)
+    if only_points_are_heavy(mass):
+        return _with_a_point_for_leader(logits, mass, with_gradient, rows)
+    return _with_any_leader(logits, mass, with_gradient, rows)
 
 
 def _with_a_point_for_leader(logits, mass, with_gradient, rows):
@@ -99,7 +107,7 @@ def _gradient(terms, whole, logits, mass):
     z = wide(logits)
     e = _exponentials(z, whole.max_logit, logits, mass)
     entries = portable.less_density(e * terms.per_exponential[..., None], terms, mass)
-    if mass.has_prior:
+    if not only_points_are_heavy(mass):
         leads = (z == whole.max_logit[..., None]) & terms.leader_is_heavy[..., None]
         entries = jnp.where(leads, terms.leader_entry[..., None], entries)
         return portable.less_points(entries, terms, whole, logits, mass).astype(logits.dtype)
@@ -113,7 +121,7 @@ def _gradient(terms, whole, logits, mass):
 def _exponentials(z, max_logit, logits, mass):
     """Returns exp(z − m), [..., V], with 0 at the point that may be the leader."""
     e = exponentials(z, max_logit)
-    if mass.has_prior:
+    if not only_points_are_heavy(mass):
         return e
     c = mass.leader(logits)
     return set_at(e, c, jnp.zeros_like(max_logit))
@@ -166,20 +174,16 @@ def _map_row_blocks(function: Callable[..., Any], *args: Any, rows: int | None) 
     batch = logits.shape[:-1]
     size = math.prod(batch)
 
-    def map_rows(change, tree):
-        def one(x):
-            return x.map_examples(change) if _is_mass(x) else change(x)
-
-        return jax.tree.map(one, tree, is_leaf=_is_mass)
-
-    args = map_rows(lambda x: x.reshape(size, *x.shape[len(batch) :]), args)
+    args = map_examples(lambda x: x.reshape(size, *x.shape[len(batch) :]), args)
     # The last block ends where the rows do: it repeats some rows of the one before.
     starts = jnp.minimum(jnp.arange(-(-size // rows)) * rows, size - rows)
 
     def step(out, start):
         # Without the barrier XLA would convert all bfloat16 logits before the loop.
         here, start = jax.lax.optimization_barrier((args, start))
-        parts = function(*map_rows(lambda x: jax.lax.dynamic_slice_in_dim(x, start, rows, 0), here))
+        parts = function(
+            *map_examples(lambda x: jax.lax.dynamic_slice_in_dim(x, start, rows, 0), here)
+        )
 
         def put(x, part):
             return jax.lax.dynamic_update_slice_in_dim(x, part, start, 0)
@@ -192,7 +196,3 @@ def _map_row_blocks(function: Callable[..., Any], *args: Any, rows: int | None) 
     out = jax.tree.map(lambda s: jnp.broadcast_to(zero.astype(s.dtype), s.shape), shapes)
     out, _ = jax.lax.scan(step, out, starts)
     return jax.tree.map(lambda x: x.reshape(batch + x.shape[1:]), out)
-
-
-def _is_mass(x):
-    return isinstance(x, DenseMass | SparseMass)

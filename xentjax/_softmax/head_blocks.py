@@ -1,6 +1,7 @@
 """What both ways of the fused head are made of: logits of a block, and their pull-back."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ from xentjax._jax.dtypes import wide, wide_dtype
 from xentjax._jax.rule import Backend
 from xentjax._softmax import partial, plan
 from xentjax._softmax.partial import PartialSoftmax
-from xentjax._targets.mass import DenseMass, Mass, SparseMass
+from xentjax._targets.mass import Mass, map_examples
 
 
 class HeadPlan(NamedTuple):
@@ -69,14 +70,32 @@ def raw_logits(head: Head, inputs: jax.Array, params: Params) -> jax.Array:
 
 def logits_of(head: Head, inputs: jax.Array, params: Params) -> jax.Array:
     """Returns the logits of some tokens and classes."""
-    return head.transform(raw_logits(head, inputs, params), *params.constants)
+    return transformed(head, raw_logits(head, inputs, params), params.constants)
+
+
+def transformed(head: Head, raw: jax.Array, constants: Sequence[jax.Array]) -> jax.Array:
+    """Returns the logits of raw ones: a class that is ruled out, by −inf, stays ruled out.
+
+    No derivative is taken at −inf, where that of z / tau to tau would be infinite.
+    """
+    if head.transform is identity:
+        return raw
+    is_out = raw == -jnp.inf
+    logits = head.transform(jnp.where(is_out, jnp.zeros_like(raw), raw), *constants)
+    return jnp.where(is_out, jnp.full_like(logits, -jnp.inf), logits)
+
+
+def identity(logits: jax.Array) -> jax.Array:
+    """Returns the logits as they are: the transform of a head that has none."""
+    return logits
 
 
 def summary_of_block(
     head: Head, raw: jax.Array, params: Params, mass: Mass, with_gradient: bool, backend: Backend
 ) -> PartialSoftmax:
     """Returns the PartialSoftmax of a block's raw logits."""
-    return plan.summarise(head.transform(raw, *params.constants), mass, with_gradient, backend)
+    logits = transformed(head, raw, params.constants)
+    return plan.summarise(logits, mass, with_gradient, backend)
 
 
 def over_devices(head: Head, part: PartialSoftmax) -> PartialSoftmax:
@@ -113,8 +132,9 @@ def pull_back(
     `raw` are the block's logits before the transform; `params` and `mass` are those of the block.
     """
     needs_inputs, needs_params = needs_grad[:2]
-    logits, transpose = jax.vjp(head.transform, raw, *params.constants)
-    raw_cotangent, *constants = transpose(
+    transform = functools.partial(transformed, head)
+    logits, transpose = jax.vjp(transform, raw, params.constants)
+    raw_cotangent, constants = transpose(
         plan.gradient(tokens.whole, logits, mass, *tokens[1:], backend)
     )
     dtype = jnp.promote_types(inputs.dtype, params.kernel.dtype)
@@ -165,11 +185,9 @@ def tokens_of(tree: Any, first: Any, length: int) -> Any:
     """Returns tokens [first, first + length) of the arrays and masses of a tree."""
 
     def cut(x):
-        if isinstance(x, DenseMass | SparseMass):
-            return x.map_examples(cut)
         return x if x.shape[0] == length else jax.lax.dynamic_slice_in_dim(x, first, length, 0)
 
-    return jax.tree.map(cut, tree, is_leaf=lambda x: isinstance(x, DenseMass | SparseMass))
+    return map_examples(cut, tree)
 
 
 def for_each(size: int, chunk: int, body: Callable[[Any, int, Any], Any], carry: Any) -> Any:
@@ -178,9 +196,12 @@ def for_each(size: int, chunk: int, body: Callable[[Any, int, Any], Any], carry:
     A shorter piece is a body of its own: nothing is padded, so nothing has to be masked. It is the
     first, because XLA would copy the arrays that a loop leaves behind before it changes them again.
     """
-    if size == 0:
+    if chunk is size:  # All at once; the size may be known by name alone.
+        count, remainder = 1, 0
+    elif size == 0:
         return carry
-    count, remainder = divmod(size, chunk)
+    else:
+        count, remainder = divmod(size, chunk)
     if remainder:
         carry = body(0, remainder, carry)
     full = jax.checkpoint(lambda carry, start: (body(start, chunk, carry), None))
@@ -289,4 +310,4 @@ def _logits_at(head, inputs, params, classes):
     raw = raw.astype(arithmetic_dtype(inputs, params))
     if params.bias is not None:
         raw = raw + jnp.take(params.bias, classes, mode="clip").astype(raw.dtype)
-    return head.transform(raw[:, None], *params.constants)[:, 0]
+    return transformed(head, raw[:, None], params.constants)[:, 0]

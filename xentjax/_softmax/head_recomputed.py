@@ -86,7 +86,7 @@ def summarise(
             raw, t_block = blocks.raw_logits(head, x, p), t.block(start, size)
             new = blocks.summary_of_block(head, raw, p, t_block, with_gradient, backend)
             if stats is not None:
-                logits = head.transform(raw, *p.constants)
+                logits = blocks.transformed(head, raw, p.constants)
                 stats = _merge_stats(stats, logits, t, start, num_classes, backend)
             return partial.merge(whole, new), stats
 

@@ -20,12 +20,12 @@ where lse − z_y and p_y − 1 cancel to nothing. Where no p is above 1/2, noth
 """
 
 from collections.abc import Hashable
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 
-from xentjax._targets import mass as mass_of_targets
+from xentjax._targets.mass import times
 
 LIFT = 2.0**30
 """Sums of exponentials are kept so many times as large: float32 ends at e⁻⁸⁷, and a loss of e⁻⁸⁰ is
@@ -83,8 +83,8 @@ def merge(a: PartialSoftmax, b: PartialSoftmax) -> PartialSoftmax:
     """Returns the PartialSoftmax of the classes of both: the larger leader leads."""
     a_leads = a.max_logit >= b.max_logit
     m = jnp.maximum(a.max_logit, b.max_logit)
-    pairs = [_seen_from(m, part, leads) for part, leads in ((a, a_leads), (b, ~a_leads))]
-    return PartialSoftmax(m, *(None if x is None else x + y for x, y in zip(*pairs, strict=True)))
+    parts = _seen_from(m, a, a_leads), _seen_from(m, b, ~a_leads)
+    return jax.tree.map(jnp.add, *parts)._replace(max_logit=m)
 
 
 def merge_over(part: PartialSoftmax, axes: tuple[Hashable, ...]) -> PartialSoftmax:
@@ -95,15 +95,16 @@ def merge_over(part: PartialSoftmax, axes: tuple[Hashable, ...]) -> PartialSoftm
     """
     m = jax.lax.pmax(part.max_logit, axes)
     leads = (part.max_logit == m) & (m > -jnp.inf)
-    summands = [x for x in _seen_from(m, part, leads) if x is not None]
-    rest, *others, leaders = jax.lax.psum(jnp.stack([*summands, leads.astype(m.dtype)]), axes)
-    if part.mass_of_rest is None:
-        others.insert(1, None)
-    return PartialSoftmax(m, rest + LIFT * jnp.maximum(leaders - 1, 0), *others)
+    # The place of the largest logit counts the leaders.
+    summands = _seen_from(m, part, leads)._replace(max_logit=leads.astype(m.dtype))
+    leaves, treedef = jax.tree.flatten(summands)
+    total = jax.tree.unflatten(treedef, list(jax.lax.psum(jnp.stack(leaves), axes)))
+    rest = total.lifted_rest + LIFT * jnp.maximum(total.max_logit - 1, 0)
+    return total._replace(max_logit=m, lifted_rest=rest)
 
 
 def _seen_from(m, part, leads):
-    """Returns (lifted_rest, mass, mass_of_rest, excess) of a part, seen from m ≥ part.max_logit.
+    """Returns the part with its sums as seen from m ≥ part.max_logit.
 
     The leader of a part that does not lead belongs to the rest.
     """
@@ -112,8 +113,8 @@ def _seen_from(m, part, leads):
     mass_of_rest = part.mass_of_rest
     if mass_of_rest is not None:
         mass_of_rest = jnp.where(leads, mass_of_rest, part.mass)
-    excess = part.excess + mass_of_targets.times(part.mass, gap)
-    return rest, part.mass, mass_of_rest, excess
+    excess = part.excess + times(part.mass, gap)
+    return PartialSoftmax(m, rest, part.mass, mass_of_rest, excess)
 
 
 class GradientTerms(NamedTuple):
@@ -136,7 +137,8 @@ def gradient_terms(
     # 0 · NaN = 0: the gradient of a loss that nothing depends on is 0, whatever its label.
     wanted = loss_cotangent != 0
     mass = jnp.where(wanted, whole.mass, jnp.zeros_like(whole.mass))
-    mass_of_rest = jnp.where(wanted, whole.mass_of_rest, jnp.zeros_like(whole.mass))
+    beside = cast(jax.Array, whole.mass_of_rest)
+    mass_of_rest = jnp.where(wanted, beside, jnp.zeros_like(beside))
     p_of_leader = 1 / (1 + whole.rest)
     leader_error = mass_of_rest - mass * (whole.rest * p_of_leader)
     return GradientTerms(

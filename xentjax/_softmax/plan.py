@@ -7,16 +7,17 @@ one or the other code; it is for looking for faults, and for measuring.
 import dataclasses
 import math
 import os
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 
+from xentjax._jax import checks
 from xentjax._jax.dtypes import wide_dtype
 from xentjax._jax.rule import Backend
 from xentjax._softmax import cpu, portable
 from xentjax._softmax.partial import PartialSoftmax, gradient_terms
-from xentjax._targets.mass import Mass
+from xentjax._targets.mass import Mass, only_points_are_heavy
 
 MIN_CPU_LOGITS = 2**14
 """Fewer logits cost less than the kernels that the CPU backend has more."""
@@ -27,7 +28,11 @@ ROW_BLOCK_BYTES = 2**22
 MAX_WHOLE_LOGITS = 2**23
 """Fewer logits may have an array of float32 exponentials, 32 MiB, that is not their gradient."""
 
-FORCED = os.environ.get("XENTJAX_BACKEND")
+FORCED = cast(Backend | None, os.environ.get("XENTJAX_BACKEND"))
+checks.check(
+    FORCED in (None, "portable", "cpu"),
+    f'XENTJAX_BACKEND: expected "portable" or "cpu", or no such variable, got {FORCED!r}',
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +54,7 @@ def make_plan(
     shape: tuple[Any, ...],
     dtype: jax.typing.DTypeLike,
     *,
-    has_prior: bool,
+    only_points: bool,
     with_gradient: bool,
     backend: Backend,
 ) -> Plan:
@@ -58,7 +63,7 @@ def make_plan(
     Args:
       shape: That of the logits; sizes that are not known (of `jax.export`) take portable code.
       dtype: That of the logits.
-      has_prior: Whether any class may hold most of the target mass.
+      only_points: Whether no class but a point can hold most of the target mass.
       with_gradient: Whether the gradient to the logits follows.
       backend: What the platform has.
     """
@@ -69,11 +74,11 @@ def make_plan(
     if backend == "portable" or size < MIN_CPU_LOGITS:
         return Plan("portable")
     # A prior or dense mass has arrays beside the exponentials: itself, its costs, a choice.
-    row_bytes = shape[-1] * wide_dtype(dtype).itemsize * (4 if has_prior else 1)
+    row_bytes = shape[-1] * wide_dtype(dtype).itemsize * (1 if only_points else 4)
     rows = max(1, ROW_BLOCK_BYTES // row_bytes)
     fits, is_wide = size < MAX_WHOLE_LOGITS, jnp.dtype(dtype) == wide_dtype(dtype)
     one_block = rows * shape[-1] >= size
-    summary_whole = not has_prior and (fits or (with_gradient and is_wide))
+    summary_whole = only_points and (fits or (with_gradient and is_wide))
     gradient_whole = fits or is_wide
     return Plan(
         "cpu",
@@ -89,7 +94,7 @@ def summarise(
     plan = make_plan(
         logits.shape,
         logits.dtype,
-        has_prior=mass.has_prior,
+        only_points=only_points_are_heavy(mass),
         with_gradient=with_gradient,
         backend=backend,
     )
@@ -116,11 +121,14 @@ def gradient(
       lse_cotangent: [...].
       backend: What the platform has.
     """
+    if mass.points is not None:  # 0 · NaN = 0: the weight of a label that is no class is NaN.
+        wanted = (loss_cotangent != 0)[..., None]
+        mass = mass.map_masses(lambda x: jnp.where(wanted, x, jnp.zeros_like(x)))
     terms = gradient_terms(whole, loss_cotangent, lse_cotangent)
     plan = make_plan(
         logits.shape,
         logits.dtype,
-        has_prior=mass.has_prior,
+        only_points=only_points_are_heavy(mass),
         with_gradient=True,
         backend=backend,
     )

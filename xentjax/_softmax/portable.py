@@ -14,7 +14,15 @@ from xentjax._softmax.partial import (
     exponentials,
     finite,
 )
-from xentjax._targets.mass import Mass, SparseMass, add_at, at_class, at_classes, set_at
+from xentjax._targets.mass import (
+    Mass,
+    SparseMass,
+    add_at,
+    at_class,
+    at_classes,
+    only_points_are_heavy,
+    set_at,
+)
 
 MAX_COMPARED_POINTS = 4
 """So many points are found by comparing each class with them, in the loop that writes entries."""
@@ -26,7 +34,7 @@ def summarise(logits: jax.Array, mass: Mass, with_gradient: bool) -> PartialSoft
     m = jnp.max(z, axis=-1)
     e = exponentials(z, m)
     mass_of_rest = None
-    if mass.has_prior:
+    if not only_points_are_heavy(mass):
         below = jnp.where(z < m[..., None], e, jnp.zeros_like(e)).sum(-1)
         rest = rest_below(below, e.sum(-1))
         if with_gradient:
@@ -54,7 +62,7 @@ def gradient(
     z = wide(logits)
     per_class = terms.per_exponential[..., None]
     entries = less_density(per_class * exponentials(z, whole.max_logit), terms, mass)
-    if mass.has_prior:
+    if not only_points_are_heavy(mass):
         leads = (z == whole.max_logit[..., None]) & terms.leader_is_heavy[..., None]
         entries = jnp.where(leads, terms.leader_entry[..., None], entries)
         return less_points(entries, terms, whole, logits, mass).astype(logits.dtype)

@@ -9,8 +9,9 @@ No method makes an array [..., V] of its own from sparse mass without a prior.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
-from typing import Any, Self
+from typing import Any, Self, TypeGuard, cast
 
 import jax
 import jax.numpy as jnp
@@ -58,8 +59,10 @@ class DenseMass:
 
     masses: jax.Array
 
-    has_prior = True  # Any class may be heavy.
-    points = None
+    @property
+    def points(self) -> None:
+        """None: there are no points beside the density."""
+        return None
 
     def total(self, add: SumOverClasses = sum_over_classes) -> jax.Array:
         """Returns T = Σ_v t_v, [...]."""
@@ -126,11 +129,6 @@ class SparseMass:
     num_classes: int = dataclasses.field(metadata={"static": True})
 
     @property
-    def has_prior(self) -> bool:
-        """Whether a class may be heavy that is no point."""
-        return self.prior is not None
-
-    @property
     def points(self) -> tuple[jax.Array, jax.Array]:
         """(indices, weights)."""
         return self.indices, self.weights
@@ -179,7 +177,8 @@ class SparseMass:
         if self.prior is None:
             return self._uniform(1)[..., None]
         share, prior = self.background_mass[..., None], self._of_batch(self.prior)
-        return sum(share[..., b, :] * prior[..., b, :] for b in range(self.prior.shape[0]))
+        terms = [share[..., b, :] * prior[..., b, :] for b in range(self.prior.shape[0])]
+        return functools.reduce(jnp.add, terms)
 
     def leader(self, logits: jax.Array) -> jax.Array:
         """Returns the class of the largest logit among the points that have weight, int32[...].
@@ -272,7 +271,7 @@ class SparseMass:
     def _uniform(self, classes):
         """Returns the mass of a uniform background on so many classes."""
         share = jnp.asarray(classes / self.num_classes, self.weights.dtype)
-        return self.background_mass * share
+        return cast(jax.Array, self.background_mass) * share
 
     def _of_batch(self, x):
         """Returns x with axes of size 1 in front, to stand against arrays of the batch."""
@@ -280,6 +279,20 @@ class SparseMass:
 
 
 Mass = DenseMass | SparseMass
+
+
+def map_examples(function: Callable[[jax.Array], jax.Array], tree: Any) -> Any:
+    """Returns a tree of arrays and masses with function(x) for every x of the examples."""
+
+    def one(x):
+        return x.map_examples(function) if isinstance(x, Mass) else function(x)
+
+    return jax.tree.map(one, tree, is_leaf=lambda x: isinstance(x, Mass))
+
+
+def only_points_are_heavy(mass: Mass) -> TypeGuard[SparseMass]:
+    """Returns whether no class but a point can hold most of the mass, as labels' mass is held."""
+    return isinstance(mass, SparseMass) and mass.prior is None
 
 
 def _where_below(mass, logits, top):
