@@ -1,0 +1,198 @@
+"""Every row of the README's tables of names and of recipes, run.
+
+A recipe for optax stands beside optax itself, and one for PyTorch beside the answers that PyTorch
+gave (`support/torch_answers.json`).
+"""
+
+import ast
+import inspect
+import json
+import re
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from record_torch_answers import ANSWERS
+
+import xentjax
+
+README = (Path(__file__).parents[2] / "README.md").read_text()
+OURS = {name: getattr(xentjax, name) for name in xentjax.__all__}
+
+
+def rows_of(*header):
+    """Returns the rows of all tables with this header, each a tuple of its cells."""
+    head = re.escape(f"| {' | '.join(header)} |")
+    tables = re.findall(rf"^{head}\n\|[-|]+\|\n((?:\|.*\n)+)", README, re.MULTILINE)
+    assert tables, header
+    cells = [
+        [c.strip() for c in line.strip("|").split(" | ")]
+        for line in "".join(tables).split("\n")[:-1]
+    ]
+    assert all(len(row) == len(header) for row in cells)
+    return [tuple(row) for row in cells]
+
+
+def recipes(library):
+    """Returns (theirs, ours) of each row, as code."""
+    return [tuple(cell.strip("`") for cell in row) for row in rows_of(library, "here")]
+
+
+# From optax.
+
+THEIRS = vars(optax) | {
+    "one_hot": jax.nn.one_hot,
+    "log_softmax": jax.nn.log_softmax,
+    "where": jnp.where,
+    "inf": jnp.inf,
+    "softmax_cross_entropy": optax.softmax_cross_entropy,
+}
+
+
+def values():
+    """Returns what the README's names stand for, in float64."""
+    rng = np.random.default_rng(0)
+    keep = np.ones((6, 4), bool)
+    keep[[0, 1, 5], [1, 2, 0]] = False
+    numbers = {
+        "z": 4 * rng.standard_normal((6, 4)),
+        "y": rng.integers(0, 4, 6),
+        "t": rng.dirichlet(np.ones(4), 6),
+        "keep": keep,
+        "a": np.float64(0.15),
+    }
+    return {name: jnp.asarray(x) for name, x in numbers.items()}
+
+
+@pytest.mark.parametrize(("theirs", "ours"), recipes("optax"), ids=lambda code: code[:50])
+def test_a_recipe_for_optax_gives_the_same(theirs, ours):
+    with jax.enable_x64(True):
+        known = values()
+
+        def loss_and_gradient(code, names):
+            def loss(z):
+                losses = eval(code, names | known | {"z": z})
+                return losses.sum(), losses
+
+            return jax.grad(loss, has_aux=True)(known["z"])
+
+        want = loss_and_gradient(theirs, THEIRS)
+        got = loss_and_gradient(ours, {"jnp": jnp, "jax": jax} | OURS)
+        for a, b in zip(got, want, strict=True):
+            assert a.shape == b.shape
+            np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-14)
+
+
+def test_mass_on_a_masked_class_costs_infinity():
+    """As the README says, in `optax.safe_softmax_cross_entropy` and here."""
+    z, t = jnp.array([[1.0, -jnp.inf, 2.0]]), jnp.array([[0.5, 0.25, 0.25]])
+    assert xentjax.softmax_cross_entropy(z, t) == optax.safe_softmax_cross_entropy(z, t) == jnp.inf
+    assert xentjax.softmax_cross_entropy(z, t, where=z > -jnp.inf) == jnp.inf
+
+
+def test_smoothing_over_allowed_classes():
+    (recipe,) = re.findall(r"`(smooth_labels\(y, a, background=.*?)`", README)
+    z, y = jnp.array([[1.0, 5.0, 2.0]]), jnp.array([2])
+    allowed = jnp.array([1.0, 0.0, 1.0])
+    targets = eval(recipe, OURS | {"y": y, "a": 0.2, "allowed": allowed})
+    loss = xentjax.softmax_cross_entropy(z, targets, where=allowed[None] == 1)
+    surprisals = np.log(np.exp(1) + np.exp(2)) - np.array([1.0, 2.0])
+    np.testing.assert_allclose(loss, [surprisals @ [0.1, 0.9]], rtol=1e-6)
+
+
+# From PyTorch.
+
+
+def called(code):
+    """Returns a call as (function, whether targets are dense, options: values, options: names)."""
+    call = ast.parse(code, mode="eval").body
+    assert isinstance(call, ast.Call)
+    assert isinstance(call.func, ast.Name)
+    _, target = call.args
+    assert isinstance(target, ast.Name)
+    names = {k.arg: k.value.id for k in call.keywords if isinstance(k.value, ast.Name)}
+    values = {k.arg: ast.literal_eval(k.value) for k in call.keywords if k.arg not in names}
+    return call.func.id, target.id == "t", values, names
+
+
+def recorded_answers(function, is_dense, values, names):
+    """Yields PyTorch's answers to calls with these options."""
+    defaults = {"reduction": "mean"}
+    for case in json.loads(ANSWERS.read_text()):
+        options = defaults | case["options"]
+        if (
+            case["function"] == function
+            and (np.asarray(case["target"]).dtype.kind == "f") == is_dense
+            and len(np.shape(case["input"])) == 2
+            and set(options) == set(defaults | values | names)
+            and all(options[k] == x for k, x in (defaults | values).items())
+        ):
+            yield case
+
+
+@pytest.mark.parametrize(("theirs", "ours"), recipes("torch.nn.functional"), ids=lambda c: c[:60])
+def test_a_recipe_for_torch_gives_what_torch_answered(theirs, ours):
+    function, is_dense, values, options = called(theirs)
+    cases = list(recorded_answers(function, is_dense, values, options))
+    assert cases, "PyTorch's answer to this call is not recorded"
+    with jax.enable_x64(True):
+        for case in cases:
+            numbers = {name: case["options"][option] for option, name in options.items()}
+            numbers["t" if is_dense else "y"] = case["target"]
+            known = {name: jnp.asarray(np.asarray(x)) for name, x in numbers.items()}
+
+            def loss(z, known=known):
+                losses = eval(ours, {"jnp": jnp} | OURS | known | {"z": z})
+                return losses.sum(), losses
+
+            z = jnp.asarray(np.asarray(case["input"]))
+            gradient, losses = jax.grad(loss, has_aux=True)(z)
+            np.testing.assert_allclose(losses, case["loss"], rtol=1e-13, atol=1e-14)
+            np.testing.assert_allclose(gradient, case["gradient"], rtol=0, atol=1e-14)
+
+
+# What to use.
+
+
+def test_every_public_name_is_in_a_table():
+    named = {name for _, use in rows_of("for", "use") for name in re.findall(r"`(\w+)`", use)}
+    named |= {f"{name}_with_stats" for name in ("linear_softmax_cross_entropy",)}
+    not_for_users_to_call = {"SoftmaxStats", "LinearStats", "Targets"}
+    assert named - {"_with_stats"} == set(xentjax.__all__) - not_for_users_to_call
+
+
+@pytest.mark.parametrize("row", rows_of("for", "use"), ids=lambda row: row[0])
+def test_a_row_names_functions_with_an_example(row):
+    """The doctests run the examples."""
+    names = re.findall(r"`(\w+)`", row[1])
+    assert names
+    for name in names:
+        if name != "_with_stats":
+            assert ">>> " in inspect.getdoc(OURS[name])
+
+
+# What the README says of the order of composition.
+
+
+def test_mixing_commutes_with_both_others_and_they_not_with_each_other():
+    y, w = jnp.array([0, 2, 1]), jnp.array([1.0, 5.0, 2.0])
+
+    def smooth(t):
+        return xentjax.smooth_labels(t, 0.2)
+
+    def reweight(t):
+        return xentjax.reweight_targets(t, w)
+
+    def mix(t, other):
+        return xentjax.mix_targets(t, other, 0.7)
+
+    def dense(t):
+        return np.asarray(xentjax.dense_targets(t, 3))
+
+    for f in (smooth, reweight):
+        mixed = dense(f(mix(y, y[::-1])))
+        np.testing.assert_allclose(dense(mix(f(y), f(y[::-1]))), mixed, rtol=1e-6)
+    assert np.abs(dense(smooth(reweight(y))) - dense(reweight(smooth(y)))).max() > 0.1
