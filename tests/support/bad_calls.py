@@ -307,7 +307,17 @@ def linear_calls(function):
         ({"logit_transform": 30.0}, kind_of("logit_transform", "function", "30.0")),
         ({"logit_transform": jnp.sum}, shape_of("logit_transform", "elementwise", "float32[]")),
         ({"memory_budget": -1}, shape_of("memory_budget", "bytes", "-1")),
-        ({"memory_budget": 0.5}, shape_of("memory_budget", "bytes", "0.5")),
+        (
+            {"memory_budget": 1e9},
+            kind_of("memory_budget", "integer number of bytes", "1000000000.0"),
+        ),
+        ({"memory_budget": True}, kind_of("memory_budget", "integer number of bytes", "True")),
+        ({"class_axis": 1.0}, kind_of("class_axis", "0 or 1", "1.0")),
+        ({"class_axis": True}, kind_of("class_axis", "0 or 1", "True")),
+        (
+            {"logit_transform": xj.soft_cap},
+            kind_of("logit_transform", "elementwise", "soft_cap itself"),
+        ),
     ]:
         yield Bad(function, (x, w, LABELS), option, *error)
 
@@ -318,8 +328,11 @@ def linear_options():
     yield Bad(function, args, {"weights": ints(4)}, *kind_of("weights", FLOATS, "int32[4]"))
     yield Bad(function, args, {"weights": jnp.ones(1)}, *shape_of("weights", "(4,)", "[1]"))
     for transform, name in [(xj.soft_cap, "cap"), (xj.temperature, "tau")]:
-        for value in (0.0, -1.0, math.nan):
-            yield Bad(transform, (value,), {}, *shape_of(name, "", str(value)))
+        for value in (0.0, -1.0, math.nan, math.inf):
+            yield Bad(transform, (value,), {}, *shape_of(name, "positive number", str(value)))
+        yield Bad(transform, (jnp.ones(1),), {}, *shape_of(name, "positive number", "[1]"))
+        for value in ("two", None, 2j, True):
+            yield Bad(transform, (value,), {}, *kind_of(name, "positive number", repr(value)))
 
 
 BAD = [

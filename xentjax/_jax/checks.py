@@ -3,7 +3,7 @@
 import contextlib
 import contextvars
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import chex
@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jax.experimental import checkify
 from jaxtyping import ArrayLike
+
+from xentjax._jax.checks_of_values import check_values
 
 _labels_checked = contextvars.ContextVar("labels_checked", default=False)
 
@@ -23,43 +24,37 @@ def as_array(name: str, x: Any, what: str = "a floating-point array") -> jax.Arr
         return x
     try:
         return jnp.asarray(x)
-    except (TypeError, ValueError, OverflowError) as error:
-        raise TypeError(f"{name}: expected {what}, got {x!r}") from error
+    except (TypeError, ValueError, OverflowError):
+        raise TypeError(f"{name}: expected {what}, got {x!r}") from None
 
 
 def check_floating(name: str, x: jax.Array) -> None:
     """Raises TypeError unless `x` is an array of floats of 16 bits or more."""
-    chex.assert_type(
-        x,
-        jnp.floating,
-        exception_type=TypeError,
-        custom_message=f"{name}: expected a floating-point array, got {describe(x)}",
-    )
-    check(
-        jnp.finfo(x.dtype).bits >= 16,
-        f"{name}: expected a floating-point array of 16 bits or more, got {describe(x)}",
-        TypeError,
-    )
+    expected = f"{name}: expected a floating-point array"
+    _guard(chex.assert_type, x, jnp.floating, error=TypeError(f"{expected}, got {describe(x)}"))
+    wide = f"{expected} of 16 bits or more, got {describe(x)}"
+    check(jnp.finfo(x.dtype).bits >= 16, wide, TypeError)
 
 
 def check_bool(name: str, x: jax.Array) -> None:
     """Raises TypeError unless `x` is a mask."""
-    chex.assert_type(
-        x,
-        bool,
-        exception_type=TypeError,
-        custom_message=f"{name}: expected a bool array, got {describe(x)}",
-    )
+    error = TypeError(f"{name}: expected a bool array, got {describe(x)}")
+    _guard(chex.assert_type, x, bool, error=error)
 
 
 def check_shape(name: str, x: jax.Array, shape: Sequence[int], why: str) -> None:
     """Raises ValueError unless `x` has exactly `shape`; nothing broadcasts."""
-    chex.assert_shape(
-        x,
-        tuple(shape),
-        exception_type=ValueError,
-        custom_message=f"{name}: expected shape {tuple(shape)} ({why}), got {describe(x)}",
-    )
+    shape = tuple(shape)
+    error = ValueError(f"{name}: expected shape {shape} ({why}), got {describe(x)}")
+    _guard(chex.assert_shape, x, shape, error=error)
+
+
+def _guard(assertion: Callable[..., None], *args: Any, error: Exception) -> None:
+    """Raises `error`, and nothing of chex's own words, unless an assertion of chex holds."""
+    try:
+        assertion(*args)
+    except AssertionError:
+        raise error from None
 
 
 def check(condition: bool, message: str, exception_type: type[Exception] = ValueError) -> None:
@@ -72,10 +67,11 @@ def canonical_axes(axis: int | Sequence[int], ndim: int) -> tuple[int, ...]:
     """Returns `axis` as a tuple of distinct non-negative ints; raises TypeError or ValueError."""
     axes = tuple(axis) if isinstance(axis, Sequence) else (axis,)
     check(
-        all(isinstance(a, int | np.integer) and not isinstance(a, bool) for a in axes),
+        all(is_int(a) for a in axes),
         f"axis: expected an int or a tuple of ints, got {axis!r}",
         TypeError,
     )
+    check(ndim > 0, f"axis: expected an array that has axes, got a scalar beside axis {axis!r}")
     check(
         len(axes) > 0 and all(-ndim <= a < ndim for a in axes),
         f"axis: expected ints in [{-ndim}, {ndim}) for an array of rank {ndim}, got {axis!r}",
@@ -100,14 +96,37 @@ def check_interval(name: str, x: Any, low: float, high: float) -> None:
     check(inside, f"{name}: expected values in [{low:g}, {high:g}], got {x}")
 
 
+def as_positive(name: str, x: Any) -> jax.Array:
+    """Returns a positive finite scalar as an array of floats; a traced one is not looked at."""
+    expected = f"{name}: expected a positive number"
+    x = float(x) if is_int(x) else x
+    scalar = as_array(name, x, "a positive number")
+    check(
+        jnp.issubdtype(scalar.dtype, jnp.floating) or jnp.issubdtype(scalar.dtype, jnp.integer),
+        f"{expected}, got {x!r}",
+        TypeError,
+    )
+    check(scalar.shape == (), f"{expected}, got {describe(scalar)}")
+    if not isinstance(x, Tracer):  # In a trace, the array of a number is traced.
+        check(0 < float(np.asarray(x)) < math.inf, f"{expected}, got {x}")
+    return scalar if jnp.issubdtype(scalar.dtype, jnp.floating) else scalar.astype(jnp.float32)
+
+
+def is_int(x: Any) -> bool:
+    """Returns whether `x` is an integer of Python or NumPy, and no bool."""
+    return isinstance(x, int | np.integer) and not isinstance(x, bool)
+
+
 @contextlib.contextmanager
 def label_checks() -> Iterator[None]:
     """Makes labels outside [0, V) an error that names the position and the label.
 
     Without it such labels give NaN, at no cost; binary targets outside [0, 1], which count as they
-    are without it, are errors too. Under `jax.jit` the check is one of
-    `jax.experimental.checkify`: wrap the jitted function in `checkify.checkify`, as below. What was
-    compiled before the switch was on stays as it was.
+    are without it, are errors too. In a compiled function (`jax.jit`, `jax.shard_map`, the body of
+    `jax.lax.scan`) the check is one of `jax.experimental.checkify`, and an error without it. Write
+    `error, value = checkify.checkify(jax.jit(f))(...)`, and then `error.throw()`. In a `shard_map`
+    it takes a mesh of automatic axes (jax 0.10.2). What was compiled before the switch was on stays
+    as it was.
 
     Example:
       >>> import jax.numpy as jnp
@@ -138,7 +157,7 @@ def check_labels(labels: jax.Array, num_classes: int, where: jax.Array | None) -
     if where is not None:
         bad &= where[..., None]
     position = jnp.stack(jnp.unravel_index(jnp.argmax(bad), labels.shape))
-    checkify.check(
+    check_values(
         ~bad.any(),
         f"targets: expected labels in [0, {num_classes}), got {{label}} at position {{position}}",
         label=labels[tuple(position)],
@@ -154,7 +173,7 @@ def check_probabilities(name: str, x: jax.Array, where: jax.Array | None) -> Non
     if where is not None:
         bad &= where
     position = jnp.stack(jnp.unravel_index(jnp.argmax(bad), x.shape)) if x.ndim else jnp.zeros(0)
-    checkify.check(
+    check_values(
         ~bad.any(),
         f"{name}: expected values in [0, 1], got {{value}} at position {{position}}",
         value=x[tuple(position)],

@@ -100,9 +100,12 @@ def as_mass(
       logits_shape: The shape of the logits, as the user gave them.
       dtype: That of the arithmetic.
       mask: Examples to keep, [...].
-      axes: The class axes of the logits; None is the last.
+      axes: The class axes of the logits, as the user chose them; None is the last, without a
+        choice.
       mesh_axes: Axes of a mesh that the classes, and those of dense targets, are split over.
     """
+    # Who cannot choose the class axis gets no hint that another one would fit.
+    shape_of_hint = None if axes is None else logits_shape
     axes = (len(logits_shape) - 1,) if axes is None else axes
     batch = tuple(n for a, n in enumerate(logits_shape) if a not in axes)
     size = math.prod(logits_shape[a] for a in axes)
@@ -112,7 +115,7 @@ def as_mass(
         fits = "dense targets: that of the logits"
         checks.check_shape("targets", targets, logits_shape, fits)
         return masses.mass_of(classes_last(targets, axes), size, dtype, mask)
-    types.check_targets(targets, batch, num_classes, logits_shape)
+    types.check_targets(targets, batch, num_classes, shape_of_hint)
     checks.check_labels(targets.indices, num_classes, mask)
     mass = masses.mass_of(targets, num_classes, dtype, mask)
     if not mesh_axes:

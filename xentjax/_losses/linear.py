@@ -85,7 +85,8 @@ def linear_softmax_cross_entropy(
       A scalar, or losses float[...] without reduction; nats, float32 (float64 for float64).
 
     Raises:
-      TypeError: An array is not floating-point, or where is not bool.
+      TypeError: An array is not floating-point, where is not bool, class_axis or memory_budget is
+        not an int, or logit_transform is no function of an array.
       ValueError: Shapes do not fit, or an option is none of those above.
 
     Example:
@@ -263,10 +264,9 @@ def _checked_shapes(inputs, kernel, class_axis):
         f"kernel: expected shape [D, V], or [V, D] with class_axis=0, got "
         f"{checks.describe(kernel)}",
     )
-    checks.check(
-        isinstance(class_axis, int) and class_axis in (-2, -1, 0, 1),
-        f"class_axis: expected −2, −1, 0 or 1, got {class_axis!r}",
-    )
+    expected = f"class_axis: expected −2, −1, 0 or 1, got {class_axis!r}"
+    checks.check(checks.is_int(class_axis), expected, TypeError)
+    checks.check(class_axis in (-2, -1, 0, 1), expected)
     class_axis %= 2
     (*batch, features), num_classes = inputs.shape, kernel.shape[class_axis]
     checks.check(
@@ -322,10 +322,9 @@ def make_plan(
     """
     num_tokens, features, num_classes = sizes
     is_known = isinstance(num_tokens, int)  # `jax.export` knows some sizes by name alone.
-    checks.check(
-        memory_budget is None or (isinstance(memory_budget, int) and memory_budget >= 0),
-        f"memory_budget: expected a number of bytes (an integer) or None, got {memory_budget!r}",
-    )
+    expected = f"memory_budget: expected an integer number of bytes or None, got {memory_budget!r}"
+    checks.check(memory_budget is None or checks.is_int(memory_budget), expected, TypeError)
+    checks.check(memory_budget is None or memory_budget >= 0, expected)
     default = DEFAULT_BUDGET_BYTES // shards
     accumulator = itemsize * features * num_classes
     budget = default if memory_budget is None else max(memory_budget - accumulator, 0)

@@ -30,7 +30,8 @@ def soft_cap(cap: ArrayLike) -> LogitTransform:
       An elementwise function of logits.
 
     Raises:
-      ValueError: cap is not positive.
+      TypeError: cap is not a real number.
+      ValueError: cap is not positive, or not a scalar.
 
     Example:
       >>> import jax.numpy as jnp
@@ -41,9 +42,15 @@ def soft_cap(cap: ArrayLike) -> LogitTransform:
     Source:
       Gemma Team, Gemma 2, 2024, section 2.
     """
-    checks.check_interval("cap", cap, np.finfo(np.float64).tiny, np.inf)
-    scale = jnp.asarray(cap)
-    return lambda logits: scale * jnp.tanh(logits / scale)
+    scale = checks.as_positive("cap", cap)
+
+    def transform(logits: ArrayLike) -> jax.Array:
+        logits = checks.as_array("logits", logits)
+        checks.check_floating("logits", logits)
+        cap = scale.astype(logits.dtype)
+        return cap * jnp.tanh(logits / cap)
+
+    return transform
 
 
 def temperature(tau: ArrayLike) -> LogitTransform:
@@ -58,7 +65,8 @@ def temperature(tau: ArrayLike) -> LogitTransform:
       An elementwise function of logits.
 
     Raises:
-      ValueError: tau is not positive.
+      TypeError: tau is not a real number.
+      ValueError: tau is not positive, or not a scalar.
 
     Example:
       >>> import jax.numpy as jnp
@@ -69,9 +77,15 @@ def temperature(tau: ArrayLike) -> LogitTransform:
     Source:
       Hinton et al., Distilling the Knowledge in a Neural Network, 2015, section 2.
     """
-    checks.check_interval("tau", tau, np.finfo(np.float64).tiny, np.inf)
-    scale = jnp.asarray(tau)
-    return lambda logits: logits / scale
+    scale = checks.as_positive("tau", tau)
+
+    def transform(logits: ArrayLike) -> jax.Array:
+        logits = checks.as_array("logits", logits)
+        checks.check_floating("logits", logits)
+        tau = scale.astype(logits.dtype)
+        return logits / tau
+
+    return transform
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,25 +146,38 @@ def converted(
 
 def _check_elementwise(transform, dtype):
     """Raises TypeError or ValueError unless `transform` treats every logit alike and alone."""
-    example = jax.ShapeDtypeStruct(_EXAMPLE, dtype)
-    closed, out = jax.make_jaxpr(transform, return_shape=True)(example)
+    expected = "logit_transform: expected an elementwise function of logits"
+    name = getattr(transform, "__name__", "")
     checks.check(
-        isinstance(out, jax.ShapeDtypeStruct),
-        "logit_transform: expected an elementwise function of logits, got one that returns "
-        f"{out!r}; call soft_cap(30.0) or temperature(0.7) first",
+        transform not in (soft_cap, temperature),
+        f"{expected}, got {name} itself; call {name}(30.0) first",
         TypeError,
     )
-    checks.check(
-        out.shape == example.shape and out.dtype == dtype,
-        f"logit_transform: expected an elementwise function, {checks.describe(example)} to the "
-        f"same, got {checks.describe(out)}",
-    )
-    mixing = _mixing_operation(closed.jaxpr, closed.jaxpr.invars)
+
+    def checked(logits):
+        given = checks.describe(logits)
+        try:
+            out = transform(logits)
+        except (TypeError, ValueError, IndexError) as error:
+            raise ValueError(
+                f"{expected} of any shape, got one that fails for {given}: {error}"
+            ) from error
+        is_array = isinstance(out, jax.Array | np.ndarray)
+        checks.check(is_array, f"{expected}, got one that returns {out!r}", TypeError)
+        checks.check(
+            out.shape == logits.shape and out.dtype == dtype,
+            f"{expected}, {given} to the same, got one that returns {checks.describe(out)}",
+        )
+        return out
+
+    jaxpr = jax.make_jaxpr(checked)(jax.ShapeDtypeStruct(_EXAMPLE, dtype)).jaxpr
+    mixing, _ = _mixing_operation(jaxpr, dict.fromkeys(jaxpr.invars, _LOGIT))
     checks.check(
         mixing is None,
-        "logit_transform: expected an elementwise function, for it is applied to blocks of the "
-        f"logits, got one in which {mixing} mixes logits",
+        f"{expected}, for it is applied to blocks of them, got one in which {mixing} mixes logits "
+        "or treats them by their place",
     )
+    jax.make_jaxpr(checked)(jax.ShapeDtypeStruct((), dtype))
 
 
 _EXAMPLE = (2, 3)
@@ -165,32 +192,90 @@ _SHAPE_KEEPING = frozenset(
         "rev",
         "sort",
         "gather",
+        "iota",
     )
 )
 
+# The kinds of arrays in a transform of logits [2, 3].
+_LOGIT = "one value for each logit, of that logit"
+_UNIFORM = "the same value everywhere"
+_OTHER = "values of their place"
 
-def _mixing_operation(jaxpr, logits):
-    """Returns the name of the first operation that mixes the entries of `logits`, or None."""
-    dependent = set(logits)
+
+def _mixing_operation(jaxpr, kinds):
+    """Returns (the first operation that mixes logits, or None; the kinds of jaxpr's outputs).
+
+    `kinds` are those of the jaxpr's inputs; a number, and what is not there, is uniform.
+    """
+
+    def kind(x):
+        if isinstance(x, Var) and x in kinds:
+            return kinds[x]
+        return _UNIFORM if x.aval.shape == () else _OTHER
+
     for equation in jaxpr.eqns:
-        used = [isinstance(x, Var) and x in dependent for x in equation.invars]
-        if not any(used):
-            continue
-        parameters = jax.tree.leaves(list(equation.params.values()), is_leaf=_is_jaxpr)
-        inner = [p for p in parameters if _is_jaxpr(p)]
-        for body in (getattr(p, "jaxpr", p) for p in inner):
-            # A call has its operands at the end: the predicate of a branch comes first.
-            flags = used[len(used) - len(body.invars) :]
-            pairs = zip(body.invars, flags, strict=True)
-            found = _mixing_operation(body, [v for v, is_used in pairs if is_used])
-            if found is not None:
-                return found
+        used = [kind(x) for x in equation.invars]
+        bodies = [
+            b for p in equation.params.values() for b in jax.tree.leaves(p, is_leaf=_is_jaxpr)
+        ]
+        bodies = [getattr(b, "jaxpr", b) for b in bodies if _is_jaxpr(b)]
+        found, made = _kinds_of_bodies(equation, bodies, used) if bodies else (None, None)
+        if found is not None:
+            return found, []
         name = equation.primitive.name
-        shapes = {v.aval.shape for v in equation.outvars}
-        if name in _SHAPE_KEEPING or not shapes <= {_EXAMPLE}:
-            return name
-        dependent |= set(equation.outvars)
-    return None
+        if made is None:
+            made = [_kind_made(equation, used)] * len(equation.outvars)
+            if _LOGIT in used and (_OTHER in used or name in _SHAPE_KEEPING):
+                return name, []
+        shapes = {v.aval.shape for v, k in zip(equation.outvars, made, strict=True) if k == _LOGIT}
+        if not shapes <= {_EXAMPLE}:
+            return name, []
+        kinds = kinds | dict(zip(equation.outvars, made, strict=True))
+    return None, [kind(x) for x in jaxpr.outvars]
+
+
+def _kind_made(equation, used):
+    """Returns the kind of the outputs of an operation that has no body."""
+    if _LOGIT in used:
+        return _LOGIT
+    shape, name = equation.outvars[0].aval.shape, equation.primitive.name
+    spreads = name == "broadcast_in_dim" or shape in {x.aval.shape for x in equation.invars}
+    kept = set(used) == {_UNIFORM} and spreads and name not in _SHAPE_KEEPING
+    return _UNIFORM if shape == () or kept else _OTHER
+
+
+def _kinds_of_bodies(equation, bodies, used):
+    """Returns as `_mixing_operation` for the bodies of a call, a branch or a loop."""
+    # A loop's state is of the kind that any of its rounds makes.
+    first = equation.params.get("num_consts", equation.params.get("body_nconsts"))
+    is_while = equation.primitive.name == "while"
+    made = [_UNIFORM] * len(equation.outvars)
+    for _ in range(len(equation.outvars) + 1):
+        before = made
+        for body in bodies:
+            # A call has its operands at the end: the predicate of a branch comes first.
+            operands = used[len(used) - len(body.invars) :]
+            if is_while:
+                is_condition = body is bodies[0]
+                consts = equation.params["cond_nconsts"]
+                operands = used[:consts] if is_condition else used[consts : consts + first]
+                operands = operands + used[consts + first :]
+            found, out = _mixing_operation(body, dict(zip(body.invars, operands, strict=True)))
+            if found is not None:
+                return found, None
+            if len(out) == len(made):
+                made = [_stronger(a, b) for a, b in zip(made, out, strict=True)]
+        if first is None or made == before:
+            break
+        start = first + (equation.params["cond_nconsts"] if is_while else 0)
+        for i, k in enumerate(made[: len(used) - start]):
+            used[start + i] = _stronger(used[start + i], k)
+    return None, made
+
+
+def _stronger(a, b):
+    """Returns the kind of an array that is now of the one kind and now of the other."""
+    return next(k for k in (_OTHER, _LOGIT, _UNIFORM) if k in (a, b))
 
 
 def _is_jaxpr(x):

@@ -128,7 +128,7 @@ def vocab_parallel_linear_softmax_cross_entropy(
       What `linear_softmax_cross_entropy` returns, the same on all devices along `axis_name`.
 
     Raises:
-      TypeError: An array is not floating-point, or where is not bool.
+      TypeError: As in `linear_softmax_cross_entropy`.
       ValueError: Shapes do not fit; an option is none of those above; the devices do not have a
         shard of the kernel each; or the shard_map has `check_vma=False`, and derivatives would lose
         what crosses devices.
