@@ -1,4 +1,59 @@
-"""Cross-entropy and its family for JAX: exact, small in memory, right on every device."""
+"""Cross-entropy and its family for JAX: exact, small in memory, right on every device.
+
+Targets: what the truth looks like.
+  SparseTargets: mass on K classes for each example, and the rest spread over a background
+  Targets: the type of labels, dense masses and SparseTargets
+  smooth_labels: label smoothing
+  mix_targets: a share of one target, and the rest of another
+  reweight_targets: class weights
+  dense_targets: one mass for each class, written out
+  mixup: mixes examples of a batch, inputs and targets alike
+  cutmix: pastes boxes of other images, and mixes targets by area
+
+Losses of logits, one class out of many.
+  softmax_cross_entropy: one loss for each example
+  softmax_cross_entropy_with_stats: the same, with a SoftmaxStats
+  SoftmaxStats: log-normalizer, prediction, correctness and entropy
+
+Losses of the layer before the logits, for large vocabularies.
+  linear_softmax_cross_entropy: the loss without the logits in memory
+  linear_softmax_cross_entropy_with_stats: the same, with a LinearStats
+  LinearStats: log-normalizer, prediction, correctness and the label's log-probability
+  soft_cap: a logit transform that bounds logits
+  temperature: a logit transform that divides them
+
+Losses of yes or no.
+  sigmoid_binary_cross_entropy: of logits, element by element
+  multilabel_cross_entropy: of logits, summed over the labels of an example
+  binary_cross_entropy: of probabilities, element by element
+
+Means that stay right over masks, weights, microbatches and devices.
+  weighted_mean: the mean of losses
+  weighted_sum: the two sums it is made of
+  WeightedSum: a total and a weight, which add
+
+One example, one device, many devices.
+  per_example: losses and gradients of each example
+  accumulate_gradients: the mean and its gradient in microbatches, on one device
+  data_parallel: the same with the examples split over a mesh
+  pmap_data_parallel: the same for stacked arrays, as of jax.pmap
+  vocab_parallel_softmax_cross_entropy: the loss with the classes split over devices
+  vocab_parallel_linear_softmax_cross_entropy: the same of the layer before the logits
+
+Information, of probabilities and of logits.
+  surprisal: of an outcome
+  entropy: of a distribution
+  cross_entropy: of a prediction, under a truth
+  kl_divergence: of a prediction above the entropy of the truth
+  js_divergence: of two distributions from their middle
+  perplexity: the number of equally likely outcomes, from a mean loss
+  softmax_surprisal: of every class, from logits
+  softmax_entropy: of softmax(logits)
+  softmax_kl_divergence: of two softmaxes, from logits
+
+Debugging.
+  label_checks: makes labels outside the classes an error
+"""
 
 from xentjax._jax.checks import label_checks
 from xentjax._losses.information import (

@@ -4,7 +4,7 @@ import contextlib
 import contextvars
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import chex
 import jax
@@ -63,6 +63,17 @@ def check(condition: bool, message: str, exception_type: type[Exception] = Value
         raise exception_type(message)
 
 
+def check_callable(name: str, x: Any) -> None:
+    """Raises TypeError unless `x` can be called."""
+    check(callable(x), f"{name}: expected a function, got {x!r}", TypeError)
+
+
+def check_flag(name: str, x: Any) -> None:
+    """Raises TypeError unless `x` is True or False, known at trace time."""
+    is_flag = isinstance(x, bool | np.bool_)
+    check(is_flag, f"{name}: expected True or False, got {x!r}", TypeError)
+
+
 def canonical_axes(axis: int | Sequence[int], ndim: int) -> tuple[int, ...]:
     """Returns `axis` as a tuple of distinct non-negative ints; raises TypeError or ValueError."""
     axes = tuple(axis) if isinstance(axis, Sequence) else (axis,)
@@ -112,7 +123,7 @@ def as_positive(name: str, x: Any) -> jax.Array:
     return scalar if jnp.issubdtype(scalar.dtype, jnp.floating) else scalar.astype(jnp.float32)
 
 
-def is_int(x: Any) -> bool:
+def is_int(x: Any) -> TypeGuard[int]:
     """Returns whether `x` is an integer of Python or NumPy, and no bool."""
     return isinstance(x, int | np.integer) and not isinstance(x, bool)
 

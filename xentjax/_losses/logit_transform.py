@@ -124,9 +124,7 @@ def converted(
     """
     if transform is None:
         return identity, [], over
-    checks.check(
-        callable(transform), f"logit_transform: expected a function, got {transform!r}", TypeError
-    )
+    checks.check_callable("logit_transform", transform)
     _check_elementwise(transform, dtype)
     # The operations on one logit; `Elementwise` maps them over blocks of any shape.
     logit = jnp.zeros((), dtype)

@@ -72,8 +72,9 @@ def accumulate_gradients(
     Raises:
       ValueError: microbatches is not positive; or, when called, an array of the batch does not
         divide into them (pad the batch with examples of weight 0).
-      TypeError: When called, loss_fn returns something else, no leaf of params is an array of
-        floats, or a leaf is neither an array nor hashable.
+      TypeError: loss_fn is no function, or has_aux no bool; or, when called, loss_fn returns
+        something else, no leaf of params is an array of floats, or a leaf is neither an array nor
+        hashable.
 
     Example:
       >>> import jax.numpy as jnp
@@ -91,6 +92,8 @@ def accumulate_gradients(
     Source:
       Goyal et al., Accurate, Large Minibatch SGD, 2017, section 3: normalize by the total.
     """
+    checks.check_callable("loss_fn", loss_fn)
+    checks.check_flag("has_aux", has_aux)
     check_microbatches(microbatches)
 
     def value_and_grad(params, batch):

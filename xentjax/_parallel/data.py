@@ -7,7 +7,7 @@ from typing import Any, Literal, overload
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from xentjax._jax import checks, trees
@@ -91,8 +91,8 @@ def data_parallel(
       ValueError: The mesh lacks an axis; or, when called, an array does not divide by the devices
         and microbatches it is split over (pad the batch with examples of weight 0), or
         `jax.set_mesh` has set another mesh.
-      TypeError: When called, loss_fn returns something else, no leaf of params is an array of
-        floats, or a leaf is neither an array nor hashable.
+      TypeError: An argument is of another kind; or, when called, loss_fn returns something else,
+        no leaf of params is an array of floats, or a leaf is neither an array nor hashable.
 
     Example:
       >>> import jax
@@ -111,6 +111,18 @@ def data_parallel(
     Source:
       Goyal et al., Accurate, Large Minibatch SGD, 2017, section 3: normalize by the total.
     """
+    checks.check_callable("loss_fn", loss_fn)
+    checks.check_flag("has_aux", has_aux)
+    checks.check(
+        isinstance(mesh, Mesh | AbstractMesh),
+        f"mesh: expected a jax.sharding.Mesh, got {mesh!r}",
+        TypeError,
+    )
+    checks.check(
+        in_specs is None or (isinstance(in_specs, tuple | list) and len(in_specs) == 2),
+        f"in_specs: expected None or the pair of those of params and batch, got {in_specs!r}",
+        TypeError,
+    )
     axes = _mesh.axis_names(axis_name)
     checks.check(
         all(axis in mesh.axis_names for axis in axes),
@@ -209,6 +221,17 @@ def pmap_data_parallel(
       >>> print(loss[0].round(4), grads.shape == (n, 2, 3))
       1.0986 True
     """
+    checks.check_callable("loss_fn", loss_fn)
+    checks.check_flag("has_aux", has_aux)
+    checks.check(
+        devices is None
+        or (isinstance(devices, Sequence) and all(isinstance(d, jax.Device) for d in devices)),
+        f"devices: expected None or a sequence of devices, got {devices!r}",
+        TypeError,
+    )
+    checks.check(
+        isinstance(axis_name, Hashable), f"axis_name: expected a name, got {axis_name!r}", TypeError
+    )
     check_microbatches(microbatches)
     devices = list(jax.devices() if devices is None else devices)
 

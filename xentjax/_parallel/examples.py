@@ -65,7 +65,8 @@ def per_example(
 
     Raises:
       ValueError: When called, the first axes of the batch differ.
-      TypeError: When called for gradients, no leaf of params is an array of floats.
+      TypeError: loss_fn is no function, or gradients or has_aux no bool; or, when called for
+        gradients, no leaf of params is an array of floats.
 
     Example:
       >>> import jax.numpy as jnp
@@ -78,6 +79,9 @@ def per_example(
       >>> print(losses.round(4), grads.shape)
       [1.0986 1.0986] (2, 2, 3)
     """
+    checks.check_callable("loss_fn", loss_fn)
+    checks.check_flag("gradients", gradients)
+    checks.check_flag("has_aux", has_aux)
 
     def scalar_loss(params, example):
         outputs = loss_fn(trees.show_constants(params), trees.show_constants(example))

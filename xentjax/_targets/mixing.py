@@ -72,8 +72,8 @@ def mixup(
       (inputs, targets), mixed: inputs keep their dtypes, targets are as from `mix_targets`.
 
     Raises:
-      TypeError: key is no key, an input is not floating-point, alpha is not a number, where is not
-        bool, or targets have a dtype that cannot be one.
+      TypeError: key is no key, an input is not floating-point, alpha is not a number, per_example
+        or where is not bool, or targets have a dtype that cannot be one.
       ValueError: Batches differ, there is none, or alpha is negative or not a scalar.
 
     Example:
@@ -92,6 +92,7 @@ def mixup(
       Zhang et al., mixup: Beyond Empirical Risk Minimization, 2018, section 2.
     """
     _check_key(key)
+    checks.check_flag("per_example", per_example)
     leaves, structure = jax.tree.flatten(inputs)
     arrays = [checks.as_array("inputs", x) for x in leaves]
     for x in arrays:
@@ -180,8 +181,8 @@ def cutmix(
       those of each pixel are as they came: labels as SparseTargets of K = 1.
 
     Raises:
-      TypeError: key is no key, alpha is not a number, image_axes are not ints, where is not bool,
-        or targets have a dtype that cannot be one.
+      TypeError: key is no key, alpha is not a number, image_axes are not ints, per_example or
+        where is not bool, or targets have a dtype that cannot be one.
       ValueError: Batches differ, image_axes are not two axes behind the batch, or alpha is negative
         or not a scalar.
 
@@ -198,6 +199,7 @@ def cutmix(
       Yun et al., CutMix: Regularization Strategy to Train Strong Classifiers, 2019, section 3.1.
     """
     _check_key(key)
+    checks.check_flag("per_example", per_example)
     pixels = checks.as_array("images", images, "an array")
     image_axes = _as_image_axes(image_axes, pixels)
     masses, last = _transforms.classes_last(_targets.as_targets(targets), axis)

@@ -389,7 +389,9 @@ def as_number(
     name: str, x: ArrayLike | Sequence[float], low: float, high: float, batch: tuple[int, ...] = ()
 ) -> ArrayLike:
     """Returns a finite number in [low, high] as it is, or such an array of the batch's shape."""
-    if not isinstance(x, float | int) or isinstance(x, bool):
+    if checks.is_int(x):
+        x = float(x)  # JAX takes no int beyond its own.
+    if not isinstance(x, float):
         x = checks.as_array(name, x, "a real number")
         checks.check(
             jnp.issubdtype(x.dtype, jnp.floating) or jnp.issubdtype(x.dtype, jnp.integer),

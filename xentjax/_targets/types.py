@@ -225,19 +225,16 @@ def as_targets(targets: Targets, name: str = "targets") -> jax.Array | SparseTar
 
 @functools.partial(jax.jit, inline=True)
 def _of_labels(labels: jax.Array) -> SparseTargets:
-    """Returns labels as SparseTargets of K = 1 and weight 1."""
+    """Returns labels as SparseTargets of K = 1 and weight 1, of weak type: any float goes with it."""
     indices = labels[..., None]
-    return SparseTargets(indices, jnp.ones_like(indices, jnp.float32))
+    return SparseTargets(indices, jnp.where(indices == indices, 1.0, 1.0))  # noqa: PLR0124
 
 
 def check_num_classes(name: str, num_classes: Any) -> None:
     """Raises TypeError or ValueError unless `num_classes` is a positive int."""
-    is_int = isinstance(num_classes, int | np.integer) and not isinstance(num_classes, bool)
-    checks.check(
-        is_int and int(num_classes) > 0,
-        f"{name}: expected a positive int, got {num_classes!r}",
-        ValueError if is_int else TypeError,
-    )
+    expected = f"{name}: expected a positive int of 32 bits, got {num_classes!r}"
+    checks.check(checks.is_int(num_classes), expected, TypeError)
+    checks.check(0 < int(num_classes) < 2**31, expected)
 
 
 def as_classes(name: str, x: Any) -> jax.Array:
@@ -360,9 +357,13 @@ def in_dtype(targets: AnyTargets, dtype: jax.typing.DTypeLike) -> AnyTargets:
 
 
 def mass_dtype(*trees: Any) -> jnp.dtype:
-    """Returns float64 where some array of `trees` is, else float32; Python numbers do not count."""
-    arrays = (x for x in jax.tree.leaves(trees) if x.ndim > 0 or not x.weak_type)
-    return wide_dtype(*(x.dtype for x in arrays))
+    """Returns float64 where some mass of `trees` is, else float32.
+
+    Labels and Python numbers do not count beside other mass; alone they have JAX's default dtype.
+    """
+    leaves = [x for x in jax.tree.leaves(trees) if jnp.issubdtype(x.dtype, jnp.floating)]
+    strong = [x.dtype for x in leaves if not x.weak_type]
+    return wide_dtype(*(strong or [jnp.result_type(float)]))
 
 
 def stacked_background(targets: SparseTargets) -> jax.Array | None:
