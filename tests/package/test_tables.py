@@ -1,10 +1,11 @@
-"""Every row of the README's tables of names and of recipes, run.
+"""Every row of the README's tables of names, recipes and memory, run; `bench` makes those of speed.
 
 A recipe for optax stands beside optax itself, and one for PyTorch beside the answers that PyTorch
-gave (`support/torch_answers.json`).
+gave (`support/torch_answers.json`). A figure of memory is that of the program, compiled anew.
 """
 
 import ast
+import functools
 import inspect
 import json
 import re
@@ -15,6 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from cases import jit
+from jax.sharding import PartitionSpec as P
+from meshes import make_mesh
 from record_torch_answers import ANSWERS
 
 import xentjax
@@ -77,7 +81,7 @@ def test_a_recipe_for_optax_gives_the_same(theirs, ours):
                 losses = eval(code, names | known | {"z": z})
                 return losses.sum(), losses
 
-            return jax.grad(loss, has_aux=True)(known["z"])
+            return jit(jax.grad(loss, has_aux=True))(known["z"])
 
         want = loss_and_gradient(theirs, THEIRS)
         got = loss_and_gradient(ours, {"jnp": jnp, "jax": jax} | OURS)
@@ -149,7 +153,7 @@ def test_a_recipe_for_torch_gives_what_torch_answered(theirs, ours):
                 return losses.sum(), losses
 
             z = jnp.asarray(np.asarray(case["input"]))
-            gradient, losses = jax.grad(loss, has_aux=True)(z)
+            gradient, losses = jit(jax.grad(loss, has_aux=True))(z)
             np.testing.assert_allclose(losses, case["loss"], rtol=1e-13, atol=1e-14)
             np.testing.assert_allclose(gradient, case["gradient"], rtol=0, atol=1e-14)
 
@@ -196,3 +200,72 @@ def test_mixing_commutes_with_both_others_and_they_not_with_each_other():
         mixed = dense(f(mix(y, y[::-1])))
         np.testing.assert_allclose(dense(mix(f(y), f(y[::-1]))), mixed, rtol=1e-6)
     assert np.abs(dense(smooth(reweight(y))) - dense(reweight(smooth(y)))).max() > 0.1
+
+
+# Memory. The README's figures are those of one version of jax.
+
+MIB = 2**20
+FEATURES = 2304
+is_readmes_jax = pytest.mark.skipif(jax.__version__ != "0.10.2", reason="other programs")
+
+
+def number(cell):
+    return float(re.sub(r",(?=\d{3})| MiB", "", cell))
+
+
+def memory_of(loss, tokens, classes, dtype=jnp.float32, argnums=(0, 1)):
+    """Returns MiB of (temporaries, gradients) on each device for a loss and its gradients."""
+    shapes = ((tokens, FEATURES), dtype), ((FEATURES, classes), dtype), ((tokens,), jnp.int32)
+    arguments = [jax.ShapeDtypeStruct(*shape) for shape in shapes]
+    compiled = jax.jit(jax.value_and_grad(loss, argnums)).lower(*arguments).compile()
+    memory = compiled.memory_analysis()
+    return memory.temp_size_in_bytes / MIB, memory.output_size_in_bytes / MIB
+
+
+def assert_as_printed(actual, printed):
+    """Another processor's vector width may move a buffer or two."""
+    assert 0.9 * printed - 1 <= actual <= 1.1 * printed + 1
+
+
+@is_readmes_jax
+@pytest.mark.parametrize(
+    "row", rows_of("dtype", "default", "`memory_budget=0`"), ids=lambda row: row[0]
+)
+def test_memory_of_the_head(row):
+    """The default; `losses/test_linear_memory.py` has limits for a budget of 0."""
+    dtype, gradients = re.fullmatch(r"(\w+) \(gradients: (.*)\)", row[0]).groups()
+    actual = memory_of(xentjax.linear_softmax_cross_entropy, 8192, 256000, dtype)
+    assert_as_printed(actual[0], number(row[1]))
+    assert_as_printed(actual[1], number(gradients))
+
+
+CLASSES = (32000, 128000, 256000)
+TABLE = rows_of("N", *(f"V = {classes:,}" for classes in CLASSES))
+
+
+@is_readmes_jax
+@pytest.mark.parametrize("i", range(len(TABLE)))
+def test_memory_hardly_grows_with_tokens_and_classes(i):
+    """One figure of each row, for each takes seconds to compile."""
+    tokens, *cells = TABLE[i]
+    budget = None if i == 0 else 0
+    loss = functools.partial(xentjax.linear_softmax_cross_entropy, memory_budget=budget)
+    actual, _ = memory_of(loss, int(number(tokens)), CLASSES[i])
+    assert_as_printed(actual, number(cells[i].split(", ")[budget == 0]))
+
+
+@is_readmes_jax
+def test_memory_of_the_head_on_many_devices():
+    """The last column: eight devices share the vocabulary."""
+    header = ("devices that share the vocabulary", "1", "2", "4", "8")
+    (_, *temporaries), (_, *gradients) = rows_of(*header)
+    head = functools.partial(xentjax.vocab_parallel_linear_softmax_cross_entropy, axis_name="model")
+    loss = jax.shard_map(
+        head,
+        mesh=make_mesh((8,), ("model",)),
+        in_specs=(P(), P(None, "model"), P()),
+        out_specs=P(),
+    )
+    actual = memory_of(loss, 8192, 256000)
+    assert_as_printed(actual[0], number(temporaries[-1]))
+    assert_as_printed(actual[1], number(gradients[-1]))
