@@ -65,7 +65,8 @@ def _load(command: str) -> Callable[[argparse.Namespace], int] | None:
 
 def _parser() -> argparse.ArgumentParser:
     """Returns the parser of all commands."""
-    parser = _Parser(prog="python -m xentjax", description=xentjax.__doc__, allow_abbrev=False)
+    summary = (xentjax.__doc__ or "").partition("\n")[0]
+    parser = _Parser(prog="python -m xentjax", description=summary, allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"xentjax {xentjax.__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
 

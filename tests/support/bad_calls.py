@@ -348,3 +348,86 @@ BAD = [
     *reduction_calls(),
     *information_calls(),
 ]
+
+
+def loss_fn(params, batch):
+    return xj.weighted_sum(xj.softmax_cross_entropy(params * batch[0], batch[1]))
+
+
+KEEP, MASK = bools(4), bools(4, 3)
+DEVICES = jax.devices()[:1]
+HEAD = {
+    "inputs": jnp.zeros((4, 2)),
+    "kernel": jnp.ones((2, 3)),
+    "targets": LABELS,
+    "bias": P[0],
+    "class_axis": -1,
+    "where": KEEP,
+    "logit_transform": jnp.tanh,
+    "memory_budget": 2**20,
+}
+SOFTMAX = {"logits": Z, "targets": LABELS, "axis": -1, "where": KEEP}
+AUGMENTATION = {"targets": LABELS, "alpha": 0.4, "per_example": False, "where": KEEP, "axis": -1}
+PAIR = {"p": P, "q": P, "axis": -1, "base": 2}
+BATCHES = {"loss_fn": loss_fn, "microbatches": 2, "has_aux": False}
+
+# A good call of every function, with every argument but `axis_name` that needs a mapped axis.
+GOOD = {
+    xj.smooth_labels: {"targets": P, "alpha": 0.1, "background": P[0], "axis": -1},
+    xj.mix_targets: {"a": LABELS, "b": P, "lam": 0.5, "axis": -1},
+    xj.reweight_targets: {"targets": P, "class_weights": P[0], "axis": -1},
+    xj.dense_targets: {"targets": P, "num_classes": 3, "axis": -1},
+    xj.mixup: {"key": KEY, "inputs": Z} | AUGMENTATION,
+    xj.cutmix: {"key": KEY, "images": IMAGES, "image_axes": (1, 2)} | AUGMENTATION,
+    xj.softmax_cross_entropy: SOFTMAX,
+    xj.softmax_cross_entropy_with_stats: SOFTMAX,
+    xj.linear_softmax_cross_entropy: HEAD | {"weights": LOSSES, "reduction": "mean"},
+    xj.linear_softmax_cross_entropy_with_stats: HEAD,
+    xj.soft_cap: {"cap": 30.0},
+    xj.temperature: {"tau": 2.0},
+    xj.sigmoid_binary_cross_entropy: {"logits": Z, "targets": P, "where": MASK},
+    xj.multilabel_cross_entropy: {"logits": Z, "targets": P, "where": MASK, "axis": -1},
+    xj.binary_cross_entropy: {"probabilities": P, "targets": P, "where": MASK},
+    xj.weighted_mean: {"losses": LOSSES, "axis": 0, "where": KEEP, "weights": LOSSES},
+    xj.weighted_sum: {"losses": LOSSES, "axis": 0, "where": KEEP, "weights": LOSSES},
+    xj.per_example: {"loss_fn": loss_fn, "gradients": False, "has_aux": False},
+    xj.accumulate_gradients: BATCHES,
+    xj.data_parallel: BATCHES | {"mesh": jax.make_mesh((1,), ("data",)), "in_specs": None},
+    xj.pmap_data_parallel: BATCHES | {"axis_name": "batch", "devices": DEVICES},
+    xj.surprisal: {"p": P, "base": 2},
+    xj.entropy: {"p": P, "axis": -1, "base": 2},
+    xj.cross_entropy: PAIR,
+    xj.kl_divergence: PAIR,
+    xj.js_divergence: PAIR,
+    xj.perplexity: {"nats": LOSSES},
+    xj.softmax_surprisal: {"logits": Z, "axis": -1, "base": 2},
+    xj.softmax_entropy: {"logits": Z, "axis": -1, "base": 2, "where": KEEP},
+    xj.softmax_kl_divergence: {
+        "p_logits": Z,
+        "q_logits": Z,
+        "axis": -1,
+        "base": 2,
+        "where": KEEP,
+    },
+}
+# Values that no argument takes, and values of a shape that none of those above has.
+ODD_KINDS = {
+    "text": "dog",
+    "object": object(),
+    "dict": {"a": "b"},
+    "ragged": [[1], [1, 2]],
+    "large": [1, 2**40],
+    "texts": np.array(["a"]),
+    "objects": np.array([object()]),
+    "slice": slice(None),
+}
+ODD_SHAPES = {
+    "floats": jnp.ones((7, 7, 7)),
+    "ints": ints(7, 1),
+    "bools": bools(2, 2),
+    "complex": Z.astype(complex)[:, :2],
+    "float8": Z.astype(jnp.float8_e4m3fn)[:, :2],
+    "number": 1j,
+    "nan": math.nan,
+    "negative": -3,
+}

@@ -136,8 +136,9 @@ def label_checks() -> Iterator[None]:
     are without it, are errors too. In a compiled function (`jax.jit`, `jax.shard_map`, the body of
     `jax.lax.scan`) the check is one of `jax.experimental.checkify`, and an error without it. Write
     `error, value = checkify.checkify(jax.jit(f))(...)`, and then `error.throw()`. In a `shard_map`
-    it takes a mesh of automatic axes (jax 0.10.2). What was compiled before the switch was on stays
-    as it was.
+    it takes a mesh of automatic axes, and a loop that is differentiated in reverse drops the checks
+    in its body, so check the value (both jax 0.10.2). What was compiled before the switch was on
+    stays as it was.
 
     Example:
       >>> import jax.numpy as jnp

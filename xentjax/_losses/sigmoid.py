@@ -91,6 +91,7 @@ def multilabel_cross_entropy(
       Goodfellow et al., Deep Learning, 2016, section 6.2.2.2.
     """
     logits = checks.as_array("logits", logits)
+    checks.check_floating("logits", logits)
     axes = checks.canonical_axes(axis, logits.ndim)
     if where is not None:
         batch = tuple(n for a, n in enumerate(logits.shape) if a not in axes)

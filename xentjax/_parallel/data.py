@@ -118,9 +118,10 @@ def data_parallel(
         f"mesh: expected a jax.sharding.Mesh, got {mesh!r}",
         TypeError,
     )
+    is_pair = isinstance(in_specs, tuple | list) and len(in_specs) == 2
     checks.check(
-        in_specs is None or (isinstance(in_specs, tuple | list) and len(in_specs) == 2),
-        f"in_specs: expected None or the pair of those of params and batch, got {in_specs!r}",
+        in_specs is None or (is_pair and all(map(_is_spec, _leaves_of_specs(in_specs)))),
+        f"in_specs: expected None or a pair of PartitionSpecs or trees of them, got {in_specs!r}",
         TypeError,
     )
     axes = _mesh.axis_names(axis_name)
@@ -259,13 +260,21 @@ def pmap_data_parallel(
     return compiled(value_and_grad, has_aux)
 
 
+def _is_spec(x: Any) -> bool:
+    return x is None or isinstance(x, P)
+
+
+def _leaves_of_specs(specs: Any) -> list[Any]:
+    return jax.tree.leaves(specs, is_leaf=_is_spec)
+
+
 def _broadcast_specs(specs: Any, tree: Any) -> Any:
     """Returns `specs`, a prefix of `tree`, as a tree with a PartitionSpec for each array."""
 
     def broadcast(spec, subtree):
         return like_batch(subtree, P() if spec is None else spec, P())
 
-    return jax.tree.map(broadcast, specs, tree, is_leaf=lambda x: x is None or isinstance(x, P))
+    return jax.tree.map(broadcast, specs, tree, is_leaf=_is_spec)
 
 
 def _specs_of_floats(params: Any, specs: Any) -> Any:
