@@ -13,7 +13,7 @@ from xentjax._jax.dtypes import wide, wide_dtype
 from xentjax._jax.rule import Backend
 from xentjax._softmax import partial, plan
 from xentjax._softmax.partial import PartialSoftmax
-from xentjax._targets.mass import Mass, map_examples
+from xentjax._targets.mass import Mass, is_class, map_examples
 
 
 class HeadPlan(NamedTuple):
@@ -280,20 +280,19 @@ def _reference_of_tokens(head, inputs, params, mass):
     largest, leader = for_each(num_classes, head.plan.classes, find_leader, start)
     largest, leader = jax.lax.stop_gradient((largest, leader))
     z_a = _logits_at(head, inputs, params, leader)
-    is_mine = jnp.ones_like(leader, bool)
     if head.axes:
         is_mine = meshes.is_first_largest(largest, head.axes)
+        leader = jnp.where(is_mine, leader, -num_classes * jnp.ones_like(leader))
         z_a = jax.lax.psum(jnp.where(is_mine, z_a, jnp.zeros_like(z_a)), head.axes)
     z_a = jnp.where(z_a == -jnp.inf, jnp.zeros_like(z_a), z_a)
 
     def add_classes(start, size, carry):
         rest, excess = carry
         z = logits_of(head, inputs, classes_of(head, params, start, size))
-        classes = start + jax.lax.broadcasted_iota(jnp.int32, z.shape, 1)
-        leads = (classes == leader[:, None]) & is_mine[:, None]
+        here = leader - start  # It is outside of all blocks but one.
         terms = jnp.exp(z - z_a[:, None])
-        rest += jnp.where(leads, jnp.zeros_like(terms), terms).sum(-1)
-        return rest, excess + mass.block(start, size).excess(z, z_a)
+        rest += jnp.where(is_class(here, z), jnp.zeros_like(terms), terms).sum(-1)
+        return rest, excess + mass.block(start, size).excess(z, z_a, without=here)
 
     sums = for_each(num_classes, head.plan.classes, add_classes, (nothing, nothing))
     rest, excess, total = *sums, mass.total()

@@ -20,6 +20,7 @@ from xentjax._targets.mass import (
     add_at,
     at_class,
     at_classes,
+    is_class,
     only_points_are_heavy,
     set_at,
 )
@@ -132,9 +133,3 @@ def entry_of_leader(
     entry = p - terms.loss_cotangent * held
     leads = (z == whole.max_logit) & terms.leader_is_heavy
     return c, jnp.where(leads, terms.leader_entry, entry)
-
-
-def is_class(classes: jax.Array, like: jax.Array) -> jax.Array:
-    """Returns [..., V]: which entry is that of the class given for each example."""
-    iota = jax.lax.broadcasted_iota(classes.dtype, like.shape, like.ndim - 1)
-    return iota == classes[..., None]

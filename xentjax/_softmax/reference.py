@@ -19,27 +19,26 @@ import jax.numpy as jnp
 
 from xentjax._jax import mesh as meshes
 from xentjax._jax.dtypes import wide
-from xentjax._targets.mass import Mass, at_class
+from xentjax._targets.mass import Mass, at_class, is_class
 
 
 def leader_and_rest(
     logits: jax.Array, axes: tuple[Hashable, ...] = ()
-) -> tuple[jax.Array, jax.Array]:
-    """Returns (z_a, terms [..., V]): exp(z_v − z_a), and 0 at a; Σ_v of the terms is r.
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns (a, z_a, terms [..., V]): exp(z_v − z_a), and 0 at a; Σ_v of the terms is r.
 
     The classes are all those of the devices along mesh `axes`.
     """
     largest = jax.lax.stop_gradient(logits)
-    a = jnp.argmax(largest, axis=-1, keepdims=True)
-    is_rest = jax.lax.broadcasted_iota(a.dtype, logits.shape, logits.ndim - 1) != a
-    z_a = at_class(logits, a[..., 0])
+    a = jnp.argmax(largest, axis=-1)
+    z_a = at_class(logits, a)
     if axes:  # The leader of all devices; the first device's where several have one.
-        is_first = meshes.is_first_largest(at_class(largest, a[..., 0]), axes)
-        is_rest |= ~is_first[..., None]
+        is_first = meshes.is_first_largest(at_class(largest, a), axes)
+        a = jnp.where(is_first, a, -jnp.ones_like(a))
         z_a = jax.lax.psum(jnp.where(is_first, z_a, jnp.zeros_like(z_a)), axes)
     z_a = jnp.where(z_a == -jnp.inf, jnp.zeros_like(z_a), z_a)  # No class is possible.
     exponentials = jnp.exp(logits - z_a[..., None])
-    return z_a, jnp.where(is_rest, exponentials, jnp.zeros_like(exponentials))
+    return a, z_a, jnp.where(is_class(a, logits), jnp.zeros_like(exponentials), exponentials)
 
 
 def cross_entropy(
@@ -47,8 +46,8 @@ def cross_entropy(
 ) -> tuple[jax.Array, jax.Array]:
     """Returns (loss, lse), [...]."""
     z = wide(logits)
-    z_a, terms = leader_and_rest(z, axes)
-    r, excess, total = terms.sum(-1), mass.excess(z, z_a), mass.total()
+    a, z_a, terms = leader_and_rest(z, axes)
+    r, excess, total = terms.sum(-1), mass.excess(z, z_a, without=a), mass.total()
     if axes:
         r, excess, total = jax.lax.psum((r, excess, total), axes)
     return excess + total * jnp.log1p(r), z_a + jnp.log1p(r)
@@ -57,14 +56,14 @@ def cross_entropy(
 def surprisals(logits: jax.Array) -> jax.Array:
     """Returns lse(z) − z_v, [..., V]."""
     z = wide(logits)
-    z_a, terms = leader_and_rest(z)
+    _, z_a, terms = leader_and_rest(z)
     return (z_a[..., None] - z) + jnp.log1p(terms.sum(-1))[..., None]
 
 
 def entropy(logits: jax.Array) -> jax.Array:
     """Returns H(z), [...]."""
     z = wide(logits)
-    z_a, terms = leader_and_rest(z)
+    _, z_a, terms = leader_and_rest(z)
     gaps = z_a[..., None] - z
     gaps = jnp.where(gaps == jnp.inf, jnp.zeros_like(gaps), gaps)  # 0 · inf = 0.
     r = terms.sum(-1)

@@ -15,6 +15,7 @@ from typing import Any, Self, TypeGuard, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from xentjax._targets import types
 from xentjax._targets.types import SparseTargets
@@ -52,6 +53,12 @@ def at_class(x: jax.Array, classes: jax.Array) -> jax.Array:
     return at_classes(x, classes[..., None])[..., 0]
 
 
+def is_class(classes: jax.Array, like: jax.Array) -> jax.Array:
+    """Returns [..., V]: which entry is that of the class given for each example."""
+    iota = jax.lax.broadcasted_iota(classes.dtype, like.shape, like.ndim - 1)
+    return iota == classes[..., None]
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DenseMass:
@@ -69,10 +76,17 @@ class DenseMass:
         return add(self.masses)
 
     def excess(
-        self, logits: jax.Array, top: jax.Array, add: SumOverClasses = sum_over_classes
+        self,
+        logits: jax.Array,
+        top: jax.Array,
+        add: SumOverClasses = sum_over_classes,
+        without: jax.Array | None = None,
     ) -> jax.Array:
-        """Returns Σ_v t_v · (top − z_v), [...], with 0 · inf = 0."""
-        return add(times(self.masses, top[..., None] - logits))
+        """Returns Σ_v t_v · (top − z_v), [...], with 0 · inf = 0; one class may be left out."""
+        masses = self.masses
+        if without is not None:
+            masses = jnp.where(is_class(without, masses), jnp.zeros_like(masses), masses)
+        return add(times(masses, top[..., None] - logits))
 
     def below(self, logits: jax.Array, top: jax.Array) -> jax.Array:
         """Returns Σ_{v: z_v < top} t_v, [...]."""
@@ -149,14 +163,23 @@ class SparseMass:
         return total + (self.background_mass * self._of_batch(self.prior.sum(-1))).sum(-1)
 
     def excess(
-        self, logits: jax.Array, top: jax.Array, add: SumOverClasses = sum_over_classes
+        self,
+        logits: jax.Array,
+        top: jax.Array,
+        add: SumOverClasses = sum_over_classes,
+        without: jax.Array | None = None,
     ) -> jax.Array:
-        """Returns Σ_v t_v · (top − z_v), [...], with 0 · inf = 0."""
-        picked = at_classes(logits, self.indices).astype(top.dtype)
-        total = times(self.weights, top[..., None] - picked).sum(-1)
+        """Returns Σ_v t_v · (top − z_v), [...], with 0 · inf = 0; one class may be left out."""
+        picked, weights = at_classes(logits, self.indices).astype(top.dtype), self.weights
+        if without is not None:
+            is_left_out = self.indices == without[..., None]
+            weights = jnp.where(is_left_out, jnp.zeros_like(weights), weights)
+        total = times(weights, top[..., None] - picked).sum(-1)
         if self.background_mass is None:
             return total
         gaps = top[..., None] - logits.astype(top.dtype)
+        if without is not None:
+            gaps = jnp.where(is_class(without, gaps), jnp.zeros_like(gaps), gaps)
         if self.prior is None:
             return total + times(self._uniform(1), add(gaps))
         for b in range(self.prior.shape[0]):
@@ -323,7 +346,8 @@ def mass_of(
     usable = types.is_valid(indices, num_classes)
     if mask is not None:  # A NaN that a mask takes away is not made in the first place.
         usable |= ~mask[..., None]
-    weights = jnp.where(usable, masked(weights), jnp.full_like(weights, jnp.nan))
+    # A constant of NumPy: `jax_debug_nans` looks at the results of operations.
+    weights = jnp.where(usable, masked(weights), np.asarray(np.nan, dtype))
     background_mass, prior = targets.background_mass, types.stacked_background(targets)
     if background_mass is not None:
         background_mass = background_mass.astype(dtype)

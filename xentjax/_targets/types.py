@@ -225,7 +225,7 @@ def as_targets(targets: Targets, name: str = "targets") -> jax.Array | SparseTar
 
 @functools.partial(jax.jit, inline=True)
 def _of_labels(labels: jax.Array) -> SparseTargets:
-    """Returns labels as SparseTargets of K = 1 and weight 1, of weak type: any float goes with it."""
+    """Returns labels as SparseTargets of K = 1 and weight 1, of weak type as Python's 1.0 is."""
     indices = labels[..., None]
     return SparseTargets(indices, jnp.where(indices == indices, 1.0, 1.0))  # noqa: PLR0124
 
