@@ -67,17 +67,20 @@ def _ordered(axes: Iterable[Hashable]) -> tuple[Hashable, ...]:
 
 
 def on_automatic_axes(
-    function: Callable[..., Any], array: jax.Array, reduced: Sequence[int]
+    function: Callable[..., Any], array: jax.Array, reduced: Sequence[int], *others: Any
 ) -> Callable[..., Any]:
-    """Returns `function`, on automatic mesh axes where `array` is split over explicit ones.
+    """Returns `function`, on automatic mesh axes where an argument is split over explicit ones.
 
-    All it returns is split as `array` is, without the axes `reduced`.
+    All it returns is split as `array` is, without the axes `reduced`. `others` are trees of the
+    other arguments.
     """
-    sharding = jax.typeof(array).sharding
-    if AxisType.Explicit not in sharding.mesh.axis_types:
+    shardings = [jax.typeof(x).sharding for x in (array, *jax.tree.leaves(others))]
+    explicit = [s.mesh for s in shardings if AxisType.Explicit in s.mesh.axis_types]
+    if not explicit:
         return function
-    kept = [names for axis, names in enumerate(sharding.spec) if axis not in reduced]
-    return jax.sharding.auto_axes(function, out_sharding=NamedSharding(sharding.mesh, P(*kept)))
+    spec = shardings[0].spec if AxisType.Explicit in shardings[0].mesh.axis_types else ()
+    kept = [names for axis, names in enumerate(spec) if axis not in reduced]
+    return jax.sharding.auto_axes(function, out_sharding=NamedSharding(explicit[0], P(*kept)))
 
 
 def check_shards(name: str, x: jax.Array, axes: tuple[Hashable, ...]) -> None:

@@ -106,7 +106,7 @@ def linear_softmax_cross_entropy(
     last = arrays.inputs.ndim - 1
     reduced = (last,) if reduction == "none" else range(last + 1)
     run = functools.partial(losses_of, options=options, reduction=reduction)
-    return meshes.on_automatic_axes(run, arrays.inputs, reduced)(arrays)
+    return meshes.on_automatic_axes(run, arrays.inputs, reduced, arrays)(arrays)
 
 
 def linear_softmax_cross_entropy_with_stats(
@@ -155,7 +155,8 @@ def linear_softmax_cross_entropy_with_stats(
     arrays = as_arrays(inputs, kernel, targets, bias, where, None)
     options = Options(class_axis, logit_transform, memory_budget, with_stats=True)
     run = functools.partial(_losses_and_stats, options=options)
-    return meshes.on_automatic_axes(run, arrays.inputs, (arrays.inputs.ndim - 1,))(arrays)
+    last = arrays.inputs.ndim - 1
+    return meshes.on_automatic_axes(run, arrays.inputs, (last,), arrays)(arrays)
 
 
 class Call(NamedTuple):

@@ -122,7 +122,7 @@ def _call(function, logits, targets, axis, where):
     targets = arguments.as_arrays(targets)
     where = None if where is None else checks.as_array("where", where, "a bool array")
     function = functools.partial(function, axes=axes)
-    return meshes.on_automatic_axes(function, logits, axes)(logits, targets, where)
+    return meshes.on_automatic_axes(function, logits, axes, targets, where)(logits, targets, where)
 
 
 def _cross_entropy(logits, targets, where, axes):

@@ -31,7 +31,14 @@ import jax.numpy as jnp
 
 from xentjax._jax.dtypes import wide
 from xentjax._softmax import portable
-from xentjax._softmax.partial import LIFT, GradientTerms, PartialSoftmax, exponentials, finite
+from xentjax._softmax.partial import (
+    LIFT,
+    GradientTerms,
+    PartialSoftmax,
+    exponentials,
+    finite,
+    scaled,
+)
 from xentjax._targets.mass import (
     Mass,
     add_at,
@@ -114,7 +121,7 @@ def _gradient(terms, whole, logits, mass):
     indices, weights = mass.points
     c, entry = portable.entry_of_leader(terms, whole, logits, mass)
     if indices.shape[-1] > 1:
-        entries = add_at(entries, indices, -terms.loss_cotangent[..., None] * weights)
+        entries = add_at(entries, indices, -scaled(terms.loss_cotangent[..., None], weights))
     return set_at(entries, c, entry).astype(logits.dtype)
 
 

@@ -134,16 +134,20 @@ def gradient_terms(
     whole: PartialSoftmax, loss_cotangent: jax.Array, lse_cotangent: jax.Array
 ) -> GradientTerms:
     """Returns the terms of loss_cotangent · ∂loss/∂z + lse_cotangent · ∂lse/∂z."""
-    # 0 · NaN = 0: the gradient of a loss that nothing depends on is 0, whatever its label.
-    wanted = loss_cotangent != 0
-    mass = jnp.where(wanted, whole.mass, jnp.zeros_like(whole.mass))
-    beside = cast(jax.Array, whole.mass_of_rest)
-    mass_of_rest = jnp.where(wanted, beside, jnp.zeros_like(beside))
     p_of_leader = 1 / (1 + whole.rest)
-    leader_error = mass_of_rest - mass * (whole.rest * p_of_leader)
+    of_mass = scaled(loss_cotangent, whole.mass)
+    of_rest = scaled(loss_cotangent, cast(jax.Array, whole.mass_of_rest))
     return GradientTerms(
         loss_cotangent,
-        (loss_cotangent * mass + lse_cotangent) * (p_of_leader * (1 / LIFT)),
-        loss_cotangent * leader_error + lse_cotangent * p_of_leader,
+        (of_mass + lse_cotangent) * (p_of_leader * (1 / LIFT)),
+        of_rest - of_mass * (whole.rest * p_of_leader) + lse_cotangent * p_of_leader,
         (whole.rest < 1) & (whole.max_logit > -jnp.inf),
     )
+
+
+def scaled(cotangent: jax.Array, mass: jax.Array) -> jax.Array:
+    """Returns cotangent · mass with 0 · NaN = 0.
+
+    The gradient of a loss that nothing depends on is 0, whatever its label.
+    """
+    return jnp.where(cotangent == 0, jnp.zeros_like(mass), cotangent * mass)

@@ -121,9 +121,6 @@ def gradient(
       lse_cotangent: [...].
       backend: What the platform has.
     """
-    if mass.points is not None:  # 0 · NaN = 0: the weight of a label that is no class is NaN.
-        wanted = (loss_cotangent != 0)[..., None]
-        mass = mass.map_masses(lambda x: jnp.where(wanted, x, jnp.zeros_like(x)))
     terms = gradient_terms(whole, loss_cotangent, lse_cotangent)
     plan = make_plan(
         logits.shape,

@@ -13,6 +13,7 @@ from xentjax._softmax.partial import (
     PartialSoftmax,
     exponentials,
     finite,
+    scaled,
 )
 from xentjax._targets.mass import (
     Mass,
@@ -70,11 +71,11 @@ def gradient(
     indices, weights = mass.points
     c, entry = entry_of_leader(terms, whole, logits, mass)
     if indices.shape[-1] > MAX_COMPARED_POINTS:
-        entries = add_at(entries, indices, -terms.loss_cotangent[..., None] * weights)
+        entries = add_at(entries, indices, -scaled(terms.loss_cotangent[..., None], weights))
         return set_at(entries, c, entry).astype(logits.dtype)
     if indices.shape[-1] > 1:
         for k in range(indices.shape[-1]):
-            there = (terms.loss_cotangent * weights[..., k])[..., None]
+            there = scaled(terms.loss_cotangent, weights[..., k])[..., None]
             entries = jnp.where(is_class(indices[..., k], z), entries - there, entries)
     return jnp.where(is_class(c, z), entry[..., None], entries).astype(logits.dtype)
 
@@ -100,7 +101,9 @@ def rest_beside(others: jax.Array, logit: jax.Array, max_logit: jax.Array) -> ja
 def less_density(entries: jax.Array, terms: GradientTerms, mass: Mass) -> jax.Array:
     """Returns entries − loss_cotangent · density."""
     density = mass.density()
-    return entries if density is None else entries - terms.loss_cotangent[..., None] * density
+    if density is None:
+        return entries
+    return entries - scaled(terms.loss_cotangent[..., None], density)
 
 
 def less_points(
@@ -116,8 +119,8 @@ def less_points(
     indices, weights = mass.points
     leads = wide(at_classes(logits, indices)) == whole.max_logit[..., None]
     leads &= terms.leader_is_heavy[..., None]  # The leader's entry has its weight already.
-    added = jnp.where(leads, jnp.zeros_like(weights), -terms.loss_cotangent[..., None] * weights)
-    return add_at(entries, indices, added)
+    added = scaled(terms.loss_cotangent[..., None], weights)
+    return add_at(entries, indices, jnp.where(leads, jnp.zeros_like(added), -added))
 
 
 def entry_of_leader(
@@ -130,6 +133,6 @@ def entry_of_leader(
     held = mass.at(c)[..., None]
     density = mass.density()
     held = (held if density is None else held + density)[..., 0]
-    entry = p - terms.loss_cotangent * held
+    entry = p - scaled(terms.loss_cotangent, held)
     leads = (z == whole.max_logit) & terms.leader_is_heavy
     return c, jnp.where(leads, terms.leader_entry, entry)
