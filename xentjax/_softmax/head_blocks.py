@@ -208,7 +208,7 @@ def for_each(size: int, chunk: int, body: Callable[[Any, int, Any], Any], carry:
     if count == 1:
         carry, _ = full(carry, remainder)
     elif count > 1:
-        carry, _ = jax.lax.scan(full, carry, remainder + jnp.arange(count) * chunk)
+        carry, _ = jax.lax.scan(full, carry, remainder + jnp.arange(count, dtype=jnp.int32) * chunk)
     return carry
 
 
