@@ -174,18 +174,17 @@ LOOPS = {
 
 
 def derivatives_along(f, x):
-    """Returns three orders of derivatives of a function of a scalar, in four orders of modes."""
+    """Returns second and third derivatives of a function of a scalar, in four orders of modes."""
 
     def pushed(f):
         return lambda x: jax.jvp(f, (x,), (jnp.ones_like(x),))[1]
 
-    first = jax.grad(f)
-    second = jax.grad(first)
+    second = jax.grad(jax.grad(f))
     modes = {
-        "grad³": (first, second, jax.grad(second)),
+        "grad³": jax.grad(second),
         "jvp³": pushed(pushed(pushed(f))),
         "grad of jvp": jax.grad(pushed(f)),
-        "jvp of grad": pushed(second),
+        "jvp of grad²": pushed(second),
     }
     return jit(lambda x: jax.tree.map(lambda f: f(x), modes))(x)
 
@@ -401,19 +400,16 @@ def test_vmap_of_every_mode_is_the_loop(form):
         )
 
 
-# Which loss in which loop: each of both once or more.
+# Which loss in which loop: each loss, and the loops that differ most.
 IN_LOOPS = [
     ("softmax", "labels", "map"),
     ("softmax", "dense", "scan"),
     ("softmax", "prior", "fori_loop"),
     ("z-loss", "smoothed", "scan of map"),
-    ("z-loss", "mixed", "checkpoint of scan"),
     ("entropy", "labels", "map of checkpoint"),
-    ("entropy", "labels", "fori_loop"),
     ("sigmoid", "dense", "vmap of scan"),
     ("head", "labels", "map"),
     ("head", "dense", "map of jit"),
-    ("head", "smoothed", "map of vmap"),
 ]
 
 

@@ -1,6 +1,7 @@
 """The head without logits, in float64 and small ragged blocks, against the full-logits formula."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -14,46 +15,38 @@ from cases import (
     plain_softmax_cross_entropy,
     target_forms,
 )
+from heads import linear_loss, linear_loss_and_stats
 
 import xentjax
-from xentjax._losses import linear as _linear
+from xentjax._losses import linear
+from xentjax._losses.linear import HeadPlan
 
 TOKENS, FEATURES, CLASSES = 5, 4, 11
 
-# The budget and the fewest tokens that lead each way at the sizes above, and the plan they make.
-WAYS = {
-    "kept": (1232, 8, (5, 2, True)),
-    "recomputed": (0, 8, (5, 2, False)),
-    "kept, few tokens": (704, 8, (2, 2, True)),
-    "recomputed, few tokens": (0, 2, (2, 2, False)),
-}
+# Classes are cut into 2 + 2 + 2 + 2 + 2 + 1, and few tokens into 2 + 2 + 1.
+KEPT, RECOMPUTED = HeadPlan(5, 2, True), HeadPlan(5, 2, False)
+KEPT_FEW, RECOMPUTED_FEW = HeadPlan(2, 2, True), HeadPlan(2, 2, False)
 
 # The float64 oracle differs by rounding alone: sums of at most 55 terms, of size 1 to 100.
 CLOSE = {"rtol": 1e-10, "atol": 1e-12}
 
-loss_of = xentjax.linear_softmax_cross_entropy
-
 
 @pytest.fixture(autouse=True)
-def _float64_in_blocks_of_two_classes(monkeypatch):
-    monkeypatch.setattr(_linear, "_FEWEST", 2)
-    monkeypatch.setattr(_linear, "_ENOUGH", 8)
+def _float64():
     with jax.enable_x64(True):
         yield
 
 
-@pytest.fixture(params=["kept", "recomputed"])
-def budget(request):
-    """A memory budget that cuts classes into 2 + 2 + 2 + 2 + 2 + 1, and leads one of the ways."""
-    return WAYS[request.param][0]
+@pytest.fixture(params=[KEPT, RECOMPUTED], ids=["kept", "recomputed"])
+def plan(request):
+    """A plan that cuts the classes."""
+    return request.param
 
 
-@pytest.fixture(params=["kept, few tokens", "recomputed, few tokens"])
-def small_budget(request, monkeypatch):
-    """One that cuts tokens too, into 2 + 2 + 1."""
-    budget, enough, _ = WAYS[request.param]
-    monkeypatch.setattr(_linear, "_ENOUGH", enough)
-    return budget
+@pytest.fixture(params=[KEPT_FEW, RECOMPUTED_FEW], ids=["kept", "recomputed"])
+def small_plan(request):
+    """A plan that cuts the tokens too."""
+    return request.param
 
 
 def assert_close(actual, desired):
@@ -76,7 +69,7 @@ def fused(targets, **kwargs):
     class_axis = kwargs.get("class_axis", 1)
 
     def function(inputs, kernel, bias, weights, cap, *floats):
-        return loss_of(
+        return linear_loss(
             inputs,
             kernel.T if class_axis % 2 == 0 else kernel,
             rebuild(floats) if floats else targets,
@@ -112,20 +105,52 @@ def value_and_gradients(function, args, argnums=None):
     return jit(jax.value_and_grad(lambda *a: jnp.sum(function(*a) ** 2), argnums))(*args)
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_blocks_here_are_ragged(way, monkeypatch):
-    budget, enough, plan = WAYS[way]
-    monkeypatch.setattr(_linear, "_ENOUGH", enough)
-    assert _linear._plan(TOKENS, FEATURES, CLASSES, 8, budget) == plan
+# The plan.
+
+FULL = 4 * 1000 * 16  # Bytes of the float32 kernel, and so of its gradient's accumulator.
+
+
+@pytest.mark.parametrize(
+    ("sizes", "memory_budget", "shards", "made"),
+    [
+        # tokens, features, classes
+        ((5, 4, 11), None, 1, (5, 11, True)),
+        ((5, 4, 11), 0, 1, (5, 11, False)),
+        ((0, 4, 11), None, 1, (1, 11, True)),
+        ((0, 4, 11), 0, 1, (1, 11, True)),
+        ((300, 16, 1000), None, 1, (300, 1000, True)),
+        ((300, 16, 1000), 0, 1, (300, 128, False)),
+        ((300, 16, 1000), FULL + 2 * 4 * 1000 * 128 - 1, 1, (300, 128, False)),
+        ((300, 16, 1000), FULL + 2 * 4 * 1000 * 128, 1, (128, 256, True)),
+        ((300, 16, 1000), FULL + 2 * 4 * 1000 * 300, 1, (300, 256, True)),
+        ((8192, 2304, 256000), None, 1, (256, 11648, True)),
+        ((8192, 2304, 256000), 0, 1, (1024, 128, False)),
+        ((8192, 2304, 32000), None, 8, (256, 1536, True)),
+    ],
+)
+def test_plans(sizes, memory_budget, shards, made):
+    assert linear.make_plan(sizes, 4, memory_budget, shards) == made
+
+
+def test_plans_are_of_one_token_and_class_at_least_and_of_no_more_than_there_are():
+    sizes = (0, 1, 127, 129, 5000), (0, 1, 4096), (1, 2, 129, 300000)
+    for of_head in itertools.product(*sizes):
+        for budget, shards in ((None, 1), (None, 8), (0, 1), (10**6, 1), (10**12, 2)):
+            tokens, classes, _ = linear.make_plan(of_head, 4, budget, shards)
+            assert 1 <= tokens <= max(1, of_head[0])
+            assert 1 <= classes <= of_head[2]
+
+
+# Values and gradients.
 
 
 @pytest.mark.parametrize("form", target_forms(TOKENS, CLASSES))
-def test_every_gradient_for_every_target_form(budget, form):
+def test_every_gradient_for_every_target_form(plan, form):
     targets = target_forms(TOKENS, CLASSES)[form]
     args = arguments() + tuple(floating_leaves(targets)[0])
     # What asks for the transform's or the targets' gradient is never made in the forward pass.
-    argnums = tuple(range(len(args))) if budget == 0 else (0, 1, 2, 3)
-    actual = value_and_gradients(fused(targets, memory_budget=budget), args, argnums)
+    argnums = (0, 1, 2, 3) if plan.keeps_logits else tuple(range(len(args)))
+    actual = value_and_gradients(fused(targets, plan=plan), args, argnums)
     assert_close(actual, value_and_gradients(plain(targets), args, argnums))
 
 
@@ -133,14 +158,14 @@ def test_every_gradient_for_every_target_form(budget, form):
     ("form", "reduction", "class_axis"),
     [("two backgrounds", "mean", 1), ("dense", "none", 0), ("labels", "sum", -2)],
 )
-def test_every_reduction_and_layout_in_chunks_of_tokens(small_budget, form, reduction, class_axis):
+def test_every_reduction_and_layout_in_chunks_of_tokens(small_plan, form, reduction, class_axis):
     targets, args = target_forms(TOKENS, CLASSES)[form], arguments()
-    options = {"reduction": reduction, "class_axis": class_axis, "memory_budget": small_budget}
+    options = {"reduction": reduction, "class_axis": class_axis, "plan": small_plan}
     actual = value_and_gradients(fused(targets, **options), args, (0, 1, 2, 3))
     assert_close(actual, value_and_gradients(plain(targets, reduction), args, (0, 1, 2, 3)))
 
 
-def test_a_choice_of_arguments_gives_the_same_gradients(budget):
+def test_a_choice_of_arguments_gives_the_same_gradients(plan):
     targets = target_forms(TOKENS, CLASSES)["smoothed"]
     args = arguments() + tuple(floating_leaves(targets)[0])
 
@@ -148,14 +173,14 @@ def test_a_choice_of_arguments_gives_the_same_gradients(budget):
     def each(function, args):
         return [jax.grad(function, choice)(*args) for choice in [(0,), (1,), (2, 3), (4,), (5,)]]
 
-    assert_close(each(fused(targets, memory_budget=budget), args), each(plain(targets), args))
+    assert_close(each(fused(targets, plan=plan), args), each(plain(targets), args))
 
 
 KEEP = np.array([True, False, True, True, False])
 
 
 @pytest.mark.parametrize("form", ["labels", "dense", "prior"])
-def test_masked_tokens_may_hold_anything(budget, form):
+def test_masked_tokens_may_hold_anything(plan, form):
     targets = target_forms(TOKENS, CLASSES)[form]
     inputs, kernel, bias, weights, cap = arguments()
     desired = value_and_gradients(plain(targets, keep=KEEP), arguments(), (0, 1, 2, 3))
@@ -168,16 +193,16 @@ def test_masked_tokens_may_hold_anything(budget, form):
     elif form == "dense":
         targets = spoilt(targets, jnp.nan)
     args = (spoilt(inputs, jnp.nan), kernel, bias, spoilt(weights, jnp.nan), cap)
-    function = fused(targets, where=jnp.asarray(KEEP), memory_budget=budget)
+    function = fused(targets, where=jnp.asarray(KEEP), plan=plan)
     assert_close(value_and_gradients(function, args, (0, 1, 2, 3)), desired)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_all_masked_is_zero_with_zero_gradients(budget, reduction):
+def test_all_masked_is_zero_with_zero_gradients(plan, reduction):
     inputs, *others = arguments()
     args = (jnp.full_like(inputs, jnp.nan), *others)
     where = jnp.zeros(TOKENS, bool)
-    options = {"where": where, "reduction": reduction, "memory_budget": budget}
+    options = {"where": where, "reduction": reduction, "plan": plan}
     function = fused(jnp.full(TOKENS, -1), **options)
     jax.tree.map(
         lambda x: np.testing.assert_array_equal(x, np.zeros(x.shape)),
@@ -185,12 +210,12 @@ def test_all_masked_is_zero_with_zero_gradients(budget, reduction):
     )
 
 
-def test_an_invalid_label_is_nan_in_its_row_alone(budget):
+def test_an_invalid_label_is_nan_in_its_row_alone(plan):
     labels = jnp.array([0, -1, 3, CLASSES, 10])
     bad = np.array([False, True, False, True, False])
     args = arguments()
-    losses = jit(fused(labels, reduction="none", memory_budget=budget))(*args)
-    of_sum = fused(labels, reduction="sum", memory_budget=budget)
+    losses = jit(fused(labels, reduction="none", plan=plan))(*args)
+    of_sum = fused(labels, reduction="sum", plan=plan)
     total, gradient = jit(jax.value_and_grad(of_sum))(*args)
     valid = jnp.where(bad, 0, labels)
     np.testing.assert_array_equal(np.isnan(losses), bad)
@@ -201,7 +226,7 @@ def test_an_invalid_label_is_nan_in_its_row_alone(budget):
 
 
 @pytest.mark.parametrize("form", ["dense", "two backgrounds"])
-def test_batches_of_several_axes_are_batches_of_one(budget, form):
+def test_batches_of_several_axes_are_batches_of_one(plan, form):
     batch, size = (2, 3), 6
     targets = target_forms(size, CLASSES)[form]
     args = arguments(batch=batch)
@@ -216,9 +241,9 @@ def test_batches_of_several_axes_are_batches_of_one(budget, form):
         return losses.reshape(batch)
 
     of_batch = jax.tree.map(folded, targets)
-    function = fused(of_batch, reduction="none", memory_budget=budget)
+    function = fused(of_batch, reduction="none", plan=plan)
     assert_close(jit(function)(*args), flat(*args))
-    gradients = value_and_gradients(fused(of_batch, memory_budget=budget), args, (0, 1, 3))
+    gradients = value_and_gradients(fused(of_batch, plan=plan), args, (0, 1, 3))
 
     def mean(*args):
         return flat(*args).sum() / args[3].sum()
@@ -229,25 +254,25 @@ def test_batches_of_several_axes_are_batches_of_one(budget, form):
 @pytest.mark.parametrize(
     ("tokens", "features", "classes"), [(0, 4, 11), (0, 4, 1), (3, 4, 1), (1, 1, 2), (3, 0, 5)]
 )
-def test_small_and_empty_sizes(budget, tokens, features, classes):
+def test_small_and_empty_sizes(plan, tokens, features, classes):
     rng = np.random.default_rng(0)
     shapes = [(tokens, features), (features, classes), (classes,), (tokens,), ()]
     args = tuple(jnp.asarray(rng.random(shape) + 1) for shape in shapes)
     labels = jnp.asarray(rng.integers(0, classes, tokens))
     reduction = "sum" if tokens == 0 else "mean"
-    actual = value_and_gradients(fused(labels, memory_budget=budget), args, (0, 1, 2, 3))
+    actual = value_and_gradients(fused(labels, plan=plan), args, (0, 1, 2, 3))
     assert_close(actual, value_and_gradients(plain(labels, reduction), args, (0, 1, 2, 3)))
-    none = fused(labels, memory_budget=budget, reduction="none")
+    none = fused(labels, plan=plan, reduction="none")
     actual = value_and_gradients(none, args)
     assert_close(actual, value_and_gradients(plain(labels, "none"), args))
 
 
-def test_temperature_and_its_derivative(budget):
+def test_temperature_and_its_derivative(plan):
     targets, (inputs, kernel, *_) = target_forms(TOKENS, CLASSES)["mixed"], arguments()
 
     def ours(inputs, kernel, tau):
         transform = xentjax.temperature(tau)
-        return loss_of(inputs, kernel, targets, logit_transform=transform, memory_budget=budget)
+        return linear_loss(inputs, kernel, targets, logit_transform=transform, plan=plan)
 
     def of_logits(inputs, kernel, tau):
         return plain_softmax_cross_entropy(inputs @ kernel / tau, targets).mean()
@@ -258,17 +283,16 @@ def test_temperature_and_its_derivative(budget):
     assert_close(frozen, value_and_gradients(of_logits, args, (0, 1)))
 
 
-def test_every_mode(budget):
+def test_every_mode(plan):
     # Sizes as small as ragged blocks allow: third derivatives take long to compile.
     rng = np.random.default_rng(0)
     tokens, features, classes = 2, 2, 5
     args = tuple(jnp.asarray(rng.normal(size=s)) for s in ((tokens, features), (features, classes)))
     targets = target_forms(tokens, classes)["smoothed"]
-    budget = min(budget, 8 * (features + 2 * tokens) * classes)
-    assert _linear._plan(tokens, features, classes, 8, budget) == (2, 2, budget > 0)
+    plan = HeadPlan(2, 2, plan.keeps_logits)
 
     def ours(inputs, kernel):
-        return loss_of(inputs, kernel, targets, memory_budget=budget) ** 2
+        return linear_loss(inputs, kernel, targets, plan=plan) ** 2
 
     def of_logits(inputs, kernel):
         return plain_softmax_cross_entropy(inputs @ kernel, targets).mean() ** 2
@@ -277,7 +301,7 @@ def test_every_mode(budget):
 
 
 @pytest.mark.parametrize("form", ["smoothed", "dense"])
-def test_a_gradient_to_targets_moves_with_the_inputs(budget, form):
+def test_a_gradient_to_targets_moves_with_the_inputs(plan, form):
     targets = target_forms(TOKENS, CLASSES)[form]
     inputs, *others = arguments()
     floats = floating_leaves(targets)[0]
@@ -292,11 +316,11 @@ def test_a_gradient_to_targets_moves_with_the_inputs(budget, form):
 
         return jit(along)(inputs)
 
-    assert_close(moved(fused(targets, memory_budget=budget)), moved(plain(targets)))
+    assert_close(moved(fused(targets, plan=plan)), moved(plain(targets)))
 
 
 @pytest.mark.parametrize("argnums", [(0, 1, 2, 3), (0, 1, 2, 3, 4)], ids=["no cap", "cap"])
-def test_vmap_of_grad_is_the_loop(budget, argnums):
+def test_vmap_of_grad_is_the_loop(plan, argnums):
     labels = jnp.stack([target_forms(TOKENS, CLASSES, seed)["labels"] for seed in range(2)])
     (x0, kernel, bias, w0, _), (x1, _, _, w1, _) = arguments(0), arguments(1)
     args = (jnp.stack([x0, x1]), kernel, bias, jnp.stack([w0, w1]), jnp.array([3.0, 6.0]))
@@ -307,18 +331,18 @@ def test_vmap_of_grad_is_the_loop(budget, argnums):
 
         return jit(jax.vmap(one, in_axes=(0, 0, None, None, 0, 0)))(labels, *args)
 
-    ours = functools.partial(fused, memory_budget=budget)
+    ours = functools.partial(fused, plan=plan)
     assert_close(gradients(ours), gradients(plain))
 
 
-def test_microbatches_in_a_scan_with_checkpoints_add_to_the_whole(budget):
+def test_microbatches_in_a_scan_with_checkpoints_add_to_the_whole(plan):
     labels = target_forms(2 * TOKENS, CLASSES)["labels"]
     inputs, kernel, bias, weights, cap = arguments(batch=(2 * TOKENS,))
 
     def of_microbatches(inputs, kernel, bias, weights, cap):
         @jax.checkpoint
         def one(x, y, w):
-            function = fused(y, reduction="sum", memory_budget=budget)
+            function = fused(y, reduction="sum", plan=plan)
             return function(x, kernel, bias, w, cap)
 
         def step(total, rows):
@@ -348,14 +372,14 @@ def plain_stats(logits, targets):
 
 
 @pytest.mark.parametrize("form", ["labels", "dense", "prior"])
-def test_stats_are_those_of_full_logits(small_budget, form):
+def test_stats_are_those_of_full_logits(small_plan, form):
     targets, (inputs, kernel, bias, *_) = target_forms(TOKENS, CLASSES)[form], arguments()
     kernel, bias = kernel.at[:, 7].set(kernel[:, 2]), bias.at[7].set(bias[2])  # Ties.
     inputs = inputs.at[1].set(0)
 
     def ours(inputs, kernel, bias):
-        return xentjax.linear_softmax_cross_entropy_with_stats(
-            inputs, kernel, targets, bias=bias, where=jnp.asarray(KEEP), memory_budget=small_budget
+        return linear_loss_and_stats(
+            inputs, kernel, targets, bias=bias, where=jnp.asarray(KEEP), plan=small_plan
         )
 
     def of_logits(inputs, kernel, bias):
@@ -373,3 +397,120 @@ def test_stats_are_those_of_full_logits(small_budget, form):
     assert actual[0][1][1].prediction.dtype == jnp.int32
     assert actual[0][1][1].correct.dtype == bool
     assert_close(actual, with_z_loss(of_logits))
+
+
+# Limits.
+
+
+@pytest.mark.parametrize("form", ["labels", "prior"])
+def test_a_nan_in_the_kernel_is_in_every_number(small_plan, form):
+    targets, (inputs, kernel, bias, *_) = target_forms(TOKENS, CLASSES)[form], arguments()
+    mean = functools.partial(linear_loss, targets=targets, bias=bias, plan=small_plan)
+
+    @jax.jit
+    def every_number(kernel):
+        losses, stats = linear_loss_and_stats(inputs, kernel, targets, bias=bias, plan=small_plan)
+        numbers = losses, stats.log_normalizer, stats.label_log_probability
+        return *numbers, mean(inputs, kernel), *jax.grad(mean, (0, 1))(inputs, kernel)
+
+    for at in 0, 7, CLASSES - 1:
+        for x in every_number(kernel.at[1, at].set(jnp.nan)):
+            assert np.isnan(x).all()
+
+
+def test_a_nan_in_one_token_leaves_the_others_as_they_are(small_plan):
+    labels, (inputs, kernel, *_) = target_forms(TOKENS, CLASSES)["labels"], arguments()
+
+    def losses_and_gradient(x):
+        losses = linear_loss(x, kernel, labels, reduction="none", plan=small_plan)
+        total = functools.partial(
+            linear_loss, kernel=kernel, targets=labels, reduction="sum", plan=small_plan
+        )
+        return losses, jax.grad(total)(x)
+
+    clean = losses_and_gradient(inputs)
+    for before, after in zip(clean, losses_and_gradient(inputs.at[3].set(jnp.nan)), strict=True):
+        assert np.isnan(after[3]).all()
+        assert_close(np.delete(after, 3, 0), np.delete(before, 3, 0))
+
+
+def test_a_padded_class_has_no_part_in_the_derivative_of_a_temperature(plan):
+    # 0 · inf: its logit is −inf, whatever the temperature.
+    labels, (inputs, kernel, bias, *_) = target_forms(TOKENS, 9)["labels"], arguments()
+    padded = bias.at[9:].set(-jnp.inf)
+
+    def ours(tau, kernel, bias):
+        transform = xentjax.temperature(tau)
+        return linear_loss(inputs, kernel, labels, bias=bias, logit_transform=transform, plan=plan)
+
+    def of_fewer(tau, kernel, bias):
+        return plain_softmax_cross_entropy((inputs @ kernel + bias) / tau, labels).mean()
+
+    actual = jax.value_and_grad(ours)(0.7, kernel, padded)
+    assert_close(actual, jax.value_and_grad(of_fewer)(0.7, kernel[:, :9], bias[:9]))
+
+
+def test_third_derivatives_without_kept_logits():
+    rng = np.random.default_rng(0)
+    inputs, kernel = jnp.asarray(rng.normal(size=(3, 2))), jnp.asarray(rng.normal(size=(2, 300)))
+    labels = jnp.array([0, 299, 7])
+
+    def ours(x):
+        return xentjax.linear_softmax_cross_entropy(
+            x * inputs, kernel * x, labels, reduction="sum", memory_budget=0
+        )
+
+    def of_logits(x):
+        return plain_softmax_cross_entropy((x * inputs) @ (kernel * x), labels).sum()
+
+    def third(f):
+        return jit(jax.grad(jax.grad(jax.grad(f))))(0.6)
+
+    assert_close(third(ours), third(of_logits))
+
+
+@pytest.mark.parametrize(
+    ("transform", "error", "message"),
+    [
+        (lambda z: z - z.mean(), ValueError, "mixes logits"),
+        (lambda z: z / jnp.linalg.norm(z, axis=-1, keepdims=True), ValueError, "mixes logits"),
+        (lambda z: jnp.cumsum(z, -1), ValueError, "mixes logits"),
+        (jax.jit(lambda z: z + z.sum(-1, keepdims=True)), ValueError, "mixes logits"),
+        (lambda z: z[:, ::-1], ValueError, "mixes logits"),
+        (lambda z: z[:1], ValueError, "elementwise"),
+        (xentjax.soft_cap, TypeError, r"call soft_cap\(30.0\)"),
+        (lambda z: (z, z), TypeError, "returns"),
+        (lambda z: None, TypeError, "returns"),
+        (2.0, TypeError, "expected a function"),
+    ],
+)
+def test_transforms_that_are_refused(transform, error, message):
+    inputs, kernel, *_ = arguments()
+    with pytest.raises(error, match="logit_transform: .*" + message):
+        xentjax.linear_softmax_cross_entropy(
+            inputs, kernel, jnp.zeros(TOKENS, int), logit_transform=transform
+        )
+
+
+@pytest.mark.parametrize(
+    "transform",
+    [
+        jnp.tanh,
+        jax.jit(lambda z: jnp.where(z > 0, z, 0.5 * z)),
+        lambda z: jnp.clip(z, -2.0, 2.0),
+        jax.nn.softplus,
+        lambda z: jax.lax.fori_loop(0, 3, lambda _, x: jnp.sin(x) + z, z),
+        jax.checkpoint(lambda z: z * jnp.exp(-(z**2))),
+    ],
+)
+def test_elementwise_transforms_of_any_kind(plan, transform):
+    labels, (inputs, kernel, *_) = target_forms(TOKENS, CLASSES)["labels"], arguments()
+
+    def ours(inputs, kernel):
+        return linear_loss(inputs, kernel, labels, logit_transform=transform, plan=plan)
+
+    def of_logits(inputs, kernel):
+        return plain_softmax_cross_entropy(transform(inputs @ kernel), labels).mean()
+
+    args = inputs, kernel
+    assert_close(value_and_gradients(ours, args), value_and_gradients(of_logits, args))

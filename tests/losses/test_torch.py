@@ -26,7 +26,8 @@ def cross_entropy(logits, target, *, weight=None, reduction="mean", **options):
     soft = jnp.issubdtype(target.dtype, jnp.floating)
     if soft:  # Operations on dense targets want the classes last.
         logits, target, axis = jnp.moveaxis(logits, axis, -1), jnp.moveaxis(target, axis, -1), -1
-    targets = xentjax.smooth_labels(target, options.get("label_smoothing", 0.0))
+    alpha = jnp.asarray(options.get("label_smoothing", 0.0), logits.dtype)  # As exact as they are.
+    targets = xentjax.smooth_labels(target, alpha)
     if weight is not None:
         targets = xentjax.reweight_targets(targets, weight)
     keep = None if soft else target != options.get("ignore_index", -100)

@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import jit, target_forms
+from cases import contract, jit, target_forms
 from jax import export
+from jax.experimental import checkify
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from meshes import (
@@ -139,8 +140,10 @@ def test_confident_predictions_stay_exact():
     desired = losses_and_gradient(lambda z, t, w: xentjax.softmax_cross_entropy(z, t))(
         logits, labels
     )
-    for a, d in zip(actual, desired, strict=True):
-        np.testing.assert_allclose(a, d, rtol=NEAR, atol=np.finfo(np.float32).tiny)
+    rows = np.array([contract(z) for z in logits])
+    for a, d, bound in zip(actual, desired, (rows, rows[:, None]), strict=True):
+        # Each of the two keeps the contract.
+        assert np.all(np.abs(a - d) <= 2 * bound * np.abs(d) + np.finfo(np.float32).tiny)
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
@@ -254,23 +257,32 @@ def test_jit_splits_the_plain_loss_by_itself(axis_type, form):
 
 
 @pytest.mark.parametrize("form", target_forms(1, 2))
-def test_targets_of_blocks_make_up_the_targets(form):
-    targets = _targets.as_targets(target_forms(6, 12)[form])
+def test_the_mass_on_blocks_makes_up_the_mass(form):
+    targets = target_forms(6, 12)[form]
     dense = xentjax.dense_targets(targets, 12)
+    mass = _masses.mass_of(_targets.as_targets(targets), 12, jnp.float32, None)
 
     @functools.partial(jax.jit, static_argnums=1)
-    def block(start, size):
-        return xentjax.dense_targets(_masses.targets_of_block(targets, start, size, 12), size)
+    def entries(start, size):
+        """Each class's mass: that which a logit of −1 there, and of 0 elsewhere, makes exceed 0."""
+        block, logits = mass.block(start, size), -jnp.eye(size)
+        zeros = jnp.zeros(6)
+
+        def of_class(z):
+            return block.excess(jnp.broadcast_to(z, (6, size)), zeros)
+
+        return jax.vmap(of_class, out_axes=1)(logits), block.total()
 
     for start, size in [(0, 12), (0, 4), (4, 4), (8, 4), (5, 7)]:
-        # A uniform background is scaled to the block and back: an ulp or two.
-        np.testing.assert_allclose(block(start, size), dense[:, start : start + size], rtol=3e-7)
+        here, total = entries(start, size)
+        # A uniform background is scaled to the block: an ulp or two.
+        np.testing.assert_allclose(here, dense[:, start : start + size], rtol=3e-7, atol=1e-9)
+        np.testing.assert_allclose(total, here.sum(-1), rtol=1e-6, atol=1e-9)
 
 
 def test_an_invalid_label_is_nan_in_one_block():
-    targets = _targets.invalid_as_nan(_targets.as_targets(jnp.array([-3, 99, 5])), 12)
-    blocks = [_masses.targets_of_block(targets, start, 4, 12) for start in (0, 4, 8)]
-    weights = jnp.stack([block.weights[:, 0] for block in blocks])
+    mass = _masses.mass_of(_targets.as_targets(jnp.array([-3, 99, 5])), 12, jnp.float32, None)
+    weights = jnp.stack([mass.block(start, 4).weights[:, 0] for start in (0, 4, 8)])
     np.testing.assert_array_equal(weights, [[np.nan, 0, 0], [0, 0, 1], [0, np.nan, 0]])
 
 
@@ -313,3 +325,31 @@ def test_it_exports():
     exported = export.export(step, platforms=platforms)(_logits(), targets, _where())
     assert exported.platforms == platforms
     assert exported.nr_devices == 8
+
+
+@pytest.mark.parametrize("head", [False, True])
+def test_label_checks_name_the_label(head):
+    labels = target_forms(EXAMPLES, CLASSES)["labels"].at[5].set(CLASSES)
+    mesh = make_mesh((4,), ("model",))
+
+    def losses(z, t):
+        if not head:
+            return _loss(z, t)
+        kernel = jax.lax.pcast(jnp.ones((FEATURES, CLASSES // 4)), ("model",), to="varying")
+        return xentjax.vocab_parallel_linear_softmax_cross_entropy(
+            z, kernel, t, axis_name="model", reduction="none"
+        )
+
+    specs = (P() if head else P(None, "model"), P())
+    z = jnp.ones((EXAMPLES, FEATURES if head else CLASSES))
+
+    def call(labels):
+        with xentjax.label_checks():
+            sharded = jax.shard_map(losses, mesh=mesh, in_specs=specs, out_specs=P())
+            checked = jax.jit(checkify.checkify(sharded))
+            error, _ = checked(z, labels)
+            error.throw()
+
+    call(labels.at[5].set(0))
+    with pytest.raises(checkify.JaxRuntimeError, match=rf"{CLASSES}"):
+        call(labels)

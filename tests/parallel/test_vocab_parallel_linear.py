@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import floating_leaves, jit, plain_softmax_cross_entropy, target_forms
+from heads import vocab_parallel_loss
 from jax import export
 from jax.sharding import PartitionSpec as P
 from meshes import (
@@ -16,22 +17,23 @@ from meshes import (
 )
 
 import xentjax
-from xentjax._losses import linear as _linear
+from xentjax._losses.linear import HeadPlan
 
-_loss = functools.partial(xentjax.vocab_parallel_linear_softmax_cross_entropy, axis_name="model")
+_loss = functools.partial(vocab_parallel_loss, axis_name="model")
+_public_loss = functools.partial(
+    xentjax.vocab_parallel_linear_softmax_cross_entropy, axis_name="model"
+)
 
 # On a mesh of 2 by 4 devices, 4 tokens and 5 classes each: in chunks of 2, the last one shorter.
 TOKENS, FEATURES, CLASSES = 8, 3, 20
-BUDGETS = {"kept": 280, "recomputed": 0}
+PLANS = {"kept": HeadPlan(2, 2, True), "recomputed": HeadPlan(2, 2, False)}
 
 # The float64 oracle differs by rounding alone: sums of at most 160 terms, of size 1 to 100.
 CLOSE = {"rtol": 1e-10, "atol": 1e-12}
 
 
 @pytest.fixture
-def _small_chunks_in_float64(monkeypatch):
-    monkeypatch.setattr(_linear, "_FEWEST", 2)
-    monkeypatch.setattr(_linear, "_ENOUGH", 2)
+def _float64():
     with jax.enable_x64(True):
         yield
 
@@ -49,13 +51,13 @@ def arguments(dtype=None, classes=CLASSES):
 WHERE = np.array([True, True, False, True, True, False, True, True])
 
 
-def sharded(mesh, targets, reduction="sum", class_axis=1, where=WHERE, **kwargs):
+def sharded(mesh, targets, reduction="sum", class_axis=1, where=WHERE, loss=_loss, **kwargs):
     """Returns the loss as a function of `arguments` and of the floats in targets."""
     floats, rebuild = floating_leaves(targets)
     kernel_spec = P("model") if class_axis % 2 == 0 else P(None, "model")
 
     def on_device(inputs, kernel, bias, weights, cap, targets, where):
-        losses = _loss(
+        losses = loss(
             inputs,
             kernel,
             targets,
@@ -110,37 +112,30 @@ def assert_close(actual, desired):
     jax.tree.map(lambda a, d: np.testing.assert_allclose(a, d, **CLOSE), actual, desired)
 
 
-@pytest.mark.usefixtures("_small_chunks_in_float64")
-@pytest.mark.parametrize("way", BUDGETS)
-def test_chunks_here_are_several_and_ragged(way):
-    plan = _linear._plan(TOKENS // 2, FEATURES, CLASSES // 4, 8, BUDGETS[way])
-    assert plan == (2, 2, way == "kept")
-
-
-@pytest.mark.usefixtures("_small_chunks_in_float64")
+@pytest.mark.usefixtures("_float64")
 @pytest.mark.parametrize("form", target_forms(1, 2))
-@pytest.mark.parametrize("way", BUDGETS)
+@pytest.mark.parametrize("way", PLANS)
 def test_every_gradient_for_every_target_form(way, form):
     classes = CLASSES - 4  # Of which no block is shorter: it takes less time to compile.
     targets, mesh = target_forms(TOKENS, classes)[form], make_mesh((2, 4), ("data", "model"))
     args = arguments(classes=classes) + tuple(floating_leaves(targets)[0])
     # What asks for the transform's or the targets' gradient is never made in the forward pass.
     argnums = (0, 1, 2, 3) if way == "kept" else tuple(range(len(args)))
-    actual = sharded(mesh, targets, memory_budget=BUDGETS[way])
+    actual = sharded(mesh, targets, plan=PLANS[way])
     assert_close(
         value_and_gradients(actual, args, argnums),
         value_and_gradients(plain(targets), args, argnums),
     )
 
 
-@pytest.mark.usefixtures("_small_chunks_in_float64")
-@pytest.mark.parametrize("way", BUDGETS)
+@pytest.mark.usefixtures("_float64")
+@pytest.mark.parametrize("way", PLANS)
 @pytest.mark.parametrize(
     ("form", "reduction", "class_axis"), [("labels", "mean", -2), ("dense", "none", 0)]
 )
 def test_every_reduction_and_layout(way, form, reduction, class_axis):
     targets, mesh = target_forms(TOKENS, CLASSES)[form], make_mesh((1, 4), ("data", "model"))
-    options = {"reduction": reduction, "class_axis": class_axis, "memory_budget": BUDGETS[way]}
+    options = {"reduction": reduction, "class_axis": class_axis, "plan": PLANS[way]}
     actual, desired = sharded(mesh, targets, **options), plain(targets, reduction)
     argnums = (0, 1, 2, 3)
     assert_close(
@@ -149,11 +144,11 @@ def test_every_reduction_and_layout(way, form, reduction, class_axis):
     )
 
 
-@pytest.mark.usefixtures("_small_chunks_in_float64")
-@pytest.mark.parametrize("way", BUDGETS)
+@pytest.mark.usefixtures("_float64")
+@pytest.mark.parametrize("way", PLANS)
 def test_an_invalid_label_is_nan_in_its_row_alone(way):
     labels = jnp.array([-1, 15, -3, CLASSES, -CLASSES, 10**6, 4, 19])
-    mesh, options = make_mesh((2, 4), ("data", "model")), {"memory_budget": BUDGETS[way]}
+    mesh, options = make_mesh((2, 4), ("data", "model")), {"plan": PLANS[way]}
     bad = np.array([True, False, False, True, True, False, False, False])
     losses = jit(sharded(mesh, labels, "none", **options))(*arguments())
     total, gradient = jit(jax.value_and_grad(sharded(mesh, labels, **options)))(*arguments())
@@ -165,8 +160,8 @@ def test_an_invalid_label_is_nan_in_its_row_alone(way):
     assert_close(gradient[~bad], jax.grad(plain(valid))(*arguments())[~bad])
 
 
-@pytest.mark.usefixtures("_small_chunks_in_float64")
-@pytest.mark.parametrize("way", BUDGETS)
+@pytest.mark.usefixtures("_float64")
+@pytest.mark.parametrize("way", PLANS)
 def test_padded_classes_have_a_bias_of_minus_infinity(way):
     num_classes, targets = CLASSES - 2, jnp.array([0, 15, 3, 16, 17, 5, 4, 9])
     inputs, kernel, bias, weights, cap = arguments()
@@ -176,7 +171,7 @@ def test_padded_classes_have_a_bias_of_minus_infinity(way):
         return jnp.where(logits == -jnp.inf, logits, xentjax.soft_cap(cap)(logits))
 
     def on_device(inputs, kernel, bias, targets, weights):
-        options = {"logit_transform": capped, "memory_budget": BUDGETS[way], "reduction": "sum"}
+        options = {"logit_transform": capped, "plan": PLANS[way], "reduction": "sum"}
         losses = _loss(inputs, kernel, targets, bias=bias, weights=weights, **options)
         return jax.lax.psum(losses, "data")
 
@@ -207,7 +202,7 @@ def test_low_precision(dtype):
     labels = jnp.arange(TOKENS)
     mesh = make_mesh((2, 4), ("data", "model"))
     losses = jax.shard_map(
-        lambda x, w, b, t: _loss(x, w, t, bias=b, reduction="none"),
+        lambda x, w, b, t: _public_loss(x, w, t, bias=b, reduction="none"),
         mesh=mesh,
         in_specs=(P("data"), P(None, "model"), P("model"), P("data")),
         out_specs=P("data"),
@@ -254,7 +249,7 @@ def test_errors_name_the_argument(change, error, message):
     targets = change.get("targets", jnp.zeros(TOKENS, int))
     reduction = change.get("reduction", "none")
     losses = jax.shard_map(
-        lambda x, w, b, t: _loss(x, w, t, bias=b, reduction=reduction),
+        lambda x, w, b, t: _public_loss(x, w, t, bias=b, reduction=reduction),
         mesh=make_mesh((2, 4), ("data", "model")),
         in_specs=(
             P("data"),
@@ -274,7 +269,8 @@ def test_errors_name_the_argument(change, error, message):
 @pytest.mark.parametrize("memory_budget", [None, 0])
 def test_it_exports(memory_budget):
     targets = target_forms(TOKENS, CLASSES)["prior"]
-    loss = sharded(make_mesh((2, 4), ("data", "model")), targets, memory_budget=memory_budget)
+    mesh, options = make_mesh((2, 4), ("data", "model")), {"memory_budget": memory_budget}
+    loss = sharded(mesh, targets, loss=_public_loss, **options)
     platforms = ("cpu", "cuda", "tpu", "rocm")
     step = jax.jit(jax.value_and_grad(loss, (0, 1, 2)))
     exported = export.export(step, platforms=platforms)(*arguments(jnp.float32))

@@ -14,12 +14,13 @@ from cases import (
     plain_softmax_cross_entropy,
     target_forms,
 )
+from heads import vocab_parallel_loss
 from jax.sharding import PartitionSpec as P
 from meshes import make_mesh, target_specs
 
 import xentjax
 from xentjax._jax.mesh import varying_axes
-from xentjax._losses import linear as _linear
+from xentjax._losses.linear import HeadPlan
 
 # As small as shards of several blocks allow: third derivatives take long to compile.
 TOKENS, FEATURES, CLASSES = 4, 2, 8
@@ -31,9 +32,7 @@ WHERE = jnp.array([True, True, True, False])
 
 
 @pytest.fixture(autouse=True)
-def _blocks_of_two_classes_in_float64(monkeypatch):
-    monkeypatch.setattr(_linear, "_FEWEST", 2)
-    monkeypatch.setattr(_linear, "_ENOUGH", 2)
+def _float64():
     with jax.enable_x64(True):
         yield
 
@@ -61,27 +60,27 @@ def of_logits():
     )
 
 
-def of_inputs(memory_budget):
+def of_inputs(plan):
     """The head; it keeps logits only where no gradient of the soft cap is asked for."""
     rng = np.random.default_rng(0)
     shapes = [(TOKENS, FEATURES), (FEATURES, CLASSES), (CLASSES,)]
     args = tuple(jnp.asarray(rng.normal(size=shape)) for shape in shapes)
     specs = P("data"), P(None, "model"), P("model")
-    if memory_budget == 0:
+    if not plan.keeps_logits:
         args, specs = (*args, jnp.asarray(3.0)), (*specs, P())
 
     def losses(args, targets, where):
         inputs, kernel, bias, *cap = args
-        loss = xentjax.vocab_parallel_linear_softmax_cross_entropy(
+        loss = vocab_parallel_loss(
             inputs,
             kernel,
             targets,
             axis_name="model",
             bias=bias,
             where=where,
-            reduction="none" if memory_budget == 0 else "sum",
+            reduction="sum" if plan.keeps_logits else "none",
             logit_transform=xentjax.soft_cap(*cap) if cap else None,
-            memory_budget=memory_budget,
+            plan=plan,
         )
         return loss[None] if loss.ndim == 0 else loss
 
@@ -93,17 +92,11 @@ def of_inputs(memory_budget):
     return Case(args, specs, losses, logits)
 
 
-KEPT = 8 * (FEATURES * 4 + 2 * 2 * 4)
 CASES = {
     "logits": of_logits,
-    "kept": functools.partial(of_inputs, KEPT),
-    "recomputed": functools.partial(of_inputs, 0),
+    "kept": functools.partial(of_inputs, HeadPlan(2, 2, True)),
+    "recomputed": functools.partial(of_inputs, HeadPlan(2, 2, False)),
 }
-
-
-@pytest.mark.parametrize(("memory_budget", "keeps"), [(KEPT, True), (0, False)])
-def test_blocks_here_are_several(memory_budget, keeps):
-    assert _linear._plan(2, FEATURES, CLASSES // 2, 8, memory_budget) == (2, 2, keeps)
 
 
 def _functions(case, targets):

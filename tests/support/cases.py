@@ -43,10 +43,10 @@ def target_forms(batch: int, num_classes: int, seed: int = 0) -> Forms:
     prior = rng.dirichlet(np.ones(num_classes))
 
     def smoothed():
-        return xentjax.smooth_labels(labels, jnp.asarray(0.1))  # float64 where there is any.
+        return xentjax.smooth_labels(labels, np.asarray(0.1))  # In float64 where there is any.
 
     def with_prior():
-        return xentjax.smooth_labels(labels, jnp.asarray(0.2), background=jnp.asarray(prior))
+        return xentjax.smooth_labels(labels, np.asarray(0.2), background=jnp.asarray(prior))
 
     def teacher():
         return xentjax.SparseTargets(
@@ -67,7 +67,7 @@ def target_forms(batch: int, num_classes: int, seed: int = 0) -> Forms:
             "dense": lambda: jnp.asarray(2 * rng.dirichlet(np.ones(num_classes), batch)),
             "smoothed": smoothed,
             "prior": with_prior,
-            "mixed": lambda: xentjax.mix_targets(labels, labels[::-1], jnp.asarray(0.3)),
+            "mixed": lambda: xentjax.mix_targets(labels, labels[::-1], np.asarray(0.3)),
             "two backgrounds": two_backgrounds,
             "weighted": weighted,
             "teacher": teacher,

@@ -1,0 +1,333 @@
+"""Every public function under every setting of JAX, with its gradient: one table, many walks.
+
+Functions of targets have more of it in targets/test_targets_settings.py.
+"""
+
+import contextlib
+import functools
+import inspect
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import jit, target_forms
+from compilations import no_compilation
+from jax import export
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from meshes import AUTO, EXPLICIT, make_mesh
+
+import xentjax as xj
+
+BATCH, CLASSES = 8, 8
+RNG = np.random.default_rng(0)
+
+
+def float32(*shape):
+    return RNG.standard_normal(shape).astype(np.float32)
+
+
+@functools.cache
+def form(name, batch=BATCH, num_classes=CLASSES):
+    """Returns the targets in float32, on any device."""
+    return jax.tree.map(
+        lambda x: np.asarray(x, {"f": np.float32, "i": np.int32}.get(x.dtype.kind)),
+        target_forms(batch, num_classes)[name],
+    )
+
+
+Z, X, KERNEL, BIAS = float32(BATCH, CLASSES), float32(BATCH, 4), float32(4, CLASSES), float32(8)
+KEEP = np.arange(BATCH) % 3 > 0
+KEY = jax.random.key(0)
+
+
+def p(z):
+    return jax.nn.softmax(z, axis=-1)
+
+
+def of_head(x, targets, keep, **options):
+    """The head under a bias, a soft cap and a mask."""
+    kernel, bias = (jnp.asarray(a, x.dtype) for a in (KERNEL, BIAS))
+    options = {"logit_transform": xj.soft_cap(5.0), "where": keep} | options
+    return xj.linear_softmax_cross_entropy(x[:, :4], kernel, targets, bias=bias, **options)
+
+
+def head_stats(x, targets, keep):
+    kernel = jnp.asarray(KERNEL, x.dtype)
+    return xj.linear_softmax_cross_entropy_with_stats(x[:, :4], kernel, targets, where=keep)
+
+
+def with_z_loss(losses, stats):
+    """A z-loss, and the entropy where there is one."""
+    losses = losses + stats.log_normalizer**2
+    return losses + stats.entropy if hasattr(stats, "entropy") else losses
+
+
+def sparse(targets):
+    """Functions of targets that are made on the way to a loss."""
+    return lambda z, t, keep: xj.softmax_cross_entropy(z, targets(t, z), where=keep)
+
+
+def cutmix(z, targets, keep):
+    """Images of 2 by 2 pixels, of 8 channels each."""
+    images = jnp.stack([jnp.stack([z, z], axis=1)] * 2, axis=1)
+    images, targets = xj.cutmix(KEY, images, targets, 0.4)
+    return xj.softmax_cross_entropy(images[:, 0, 0], targets)
+
+
+def rowwise(function):
+    """Functions of one or two arrays of the batch, without targets."""
+    two = "q" in inspect.signature(function).parameters
+    return lambda z, t, keep: function(p(z), p(z[::-1])) if two else function(p(z))
+
+
+# (logits float[N, 8], targets, mask of examples) -> losses [N], or a scalar.
+FUNCTIONS = {
+    "softmax_cross_entropy": lambda z, t, keep: xj.softmax_cross_entropy(z, t, where=keep),
+    "softmax_cross_entropy of a class mask": lambda z, t, keep: xj.softmax_cross_entropy(
+        z, t, where=jnp.stack([keep] * CLASSES, axis=-1)
+    ),
+    "softmax_cross_entropy_with_stats": lambda z, t, keep: with_z_loss(
+        *xj.softmax_cross_entropy_with_stats(z, t, where=keep)
+    ),
+    "linear_softmax_cross_entropy": of_head,
+    "linear_softmax_cross_entropy recomputed": functools.partial(
+        of_head, memory_budget=0, reduction="none"
+    ),
+    "linear_softmax_cross_entropy_with_stats": lambda z, t, keep: with_z_loss(
+        *head_stats(z, t, keep)
+    ),
+    "smooth_labels": sparse(lambda t, z: xj.smooth_labels(t, 0.1)),
+    "mix_targets": sparse(lambda t, z: xj.mix_targets(t, t, 0.25)),
+    "reweight_targets": sparse(lambda t, z: xj.reweight_targets(t, BIAS**2)),
+    "dense_targets": sparse(lambda t, z: xj.dense_targets(t, CLASSES)),
+    "mixup": lambda z, t, keep: xj.softmax_cross_entropy(*xj.mixup(KEY, z, t, 0.4)),
+    "cutmix": cutmix,
+    "soft_cap": lambda z, t, keep: xj.soft_cap(3.0)(z),
+    "temperature": lambda z, t, keep: xj.temperature(3.0)(z),
+    "sigmoid_binary_cross_entropy": lambda z, t, keep: xj.sigmoid_binary_cross_entropy(
+        z, (z > 0), where=jnp.stack([keep] * CLASSES, axis=-1)
+    ),
+    "multilabel_cross_entropy": lambda z, t, keep: xj.multilabel_cross_entropy(z, p(z), where=keep),
+    "binary_cross_entropy": lambda z, t, keep: xj.binary_cross_entropy(p(z), z > 0),
+    "weighted_mean": lambda z, t, keep: xj.weighted_mean(
+        xj.softmax_cross_entropy(z, t), where=keep
+    ),
+    "weighted_sum": lambda z, t, keep: xj.weighted_sum(
+        xj.softmax_cross_entropy(z, t), where=keep
+    ).mean(),
+    "surprisal": rowwise(xj.surprisal),
+    "entropy": rowwise(xj.entropy),
+    "cross_entropy": rowwise(xj.cross_entropy),
+    "kl_divergence": rowwise(xj.kl_divergence),
+    "js_divergence": rowwise(xj.js_divergence),
+    "perplexity": lambda z, t, keep: xj.perplexity(xj.softmax_cross_entropy(z, t)),
+    "softmax_surprisal": rowwise(xj.softmax_surprisal),
+    "softmax_entropy": rowwise(xj.softmax_entropy),
+    "softmax_kl_divergence": lambda z, t, keep: xj.softmax_kl_divergence(z, 2 * z, where=keep),
+}
+TRANSFORMS = {"soft_cap", "temperature"}  # They keep the dtype of their argument.
+LOSSES = [name for name in FUNCTIONS if "softmax_cross_entropy" in name]
+FORMS = ["labels", "dense", "smoothed", "prior", "two backgrounds", "teacher"]
+CASES = [(name, "labels") for name in FUNCTIONS] + [
+    (name, form) for name in LOSSES for form in FORMS[1:]
+]
+
+
+def test_every_public_function_is_walked():
+    names = {name for name in xj.__all__ if inspect.isfunction(getattr(xj, name))}
+    elsewhere = {"label_checks", "per_example", "accumulate_gradients"} | {
+        name for name in names if "parallel" in name
+    }
+    assert {name.split(" ")[0] for name in FUNCTIONS} == names - elsewhere
+
+
+def value_and_gradient(name):
+    """Returns (the result, the gradient of its sum), as a function of (logits, targets, mask)."""
+
+    def total(z, targets, keep):
+        out = FUNCTIONS[name](z, targets, keep)
+        return jnp.sum(out), out
+
+    def both(z, targets, keep):
+        (_, out), gradient = jax.value_and_grad(total, has_aux=True)(z, targets, keep)
+        return out, gradient
+
+    return both
+
+
+@functools.cache
+def plain_result(name, form_name):
+    answer = jit(value_and_gradient(name))(Z, form(form_name), KEEP)
+    return jax.tree.map(np.asarray, answer)
+
+
+def assert_same(got, want):
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert (a.shape, a.dtype) == (b.shape, b.dtype)
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-6)
+
+
+@contextlib.contextmanager
+def strictly(x64):
+    with (
+        jax.enable_x64(x64),
+        jax.numpy_rank_promotion("raise"),
+        jax.numpy_dtype_promotion("strict"),
+    ):
+        yield
+
+
+@pytest.mark.parametrize(("name", "form_name"), CASES)
+def test_float32_is_float32_under_x64_and_strict_promotion(name, form_name):
+    want = plain_result(name, form_name)
+    assert {x.dtype for x in jax.tree.leaves(want)} == {np.dtype(np.float32)}
+    with strictly(x64=True):
+        assert_same(jit(value_and_gradient(name))(Z, form(form_name), KEEP), want)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_half_precision_is_computed_in_float32_under_strict_promotion(name):
+    for x64, dtype in ((False, jnp.bfloat16), (True, jnp.float16)):
+        with strictly(x64):
+            z = jnp.asarray(Z, dtype)
+            function = value_and_gradient(name)
+            losses, gradient = jax.eval_shape(function, z, form("labels"), KEEP)
+        assert losses.dtype == np.float32
+        assert gradient.dtype == dtype
+
+
+def mean_by_scan(losses):
+    """Returns the mean, whose sum begins as `WeightedSum.zero()` does."""
+
+    def step(total, loss):
+        return total + xj.weighted_sum(loss[None]), None
+
+    return jax.lax.scan(step, xj.WeightedSum.zero(), losses)[0].mean()
+
+
+LARGE = {
+    # Row blocks, whole arrays, and the plain code of a loop that has all of them.
+    "labels": (FUNCTIONS["softmax_cross_entropy_with_stats"], 1000),
+    "dense": (FUNCTIONS["softmax_cross_entropy_with_stats"], 1000),
+    "two backgrounds": (FUNCTIONS["softmax_cross_entropy_with_stats"], 1000),
+    "teacher": (FUNCTIONS["softmax_cross_entropy"], 1000),
+}
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("form_name", LARGE)
+def test_large_arrays_keep_their_dtype_under_x64(form_name, dtype):
+    """Every path of one CPU is traced; nothing is compiled."""
+    function, num_classes = LARGE[form_name]
+    for batch in (20, 525, 9000):
+        with strictly(x64=True):
+            targets, keep = form(form_name, batch, num_classes), np.ones(batch, bool)
+            z = jax.ShapeDtypeStruct((batch, num_classes), dtype)
+
+            def total(z, targets, keep):
+                losses = function(z, targets, keep)
+                return mean_by_scan(losses), losses
+
+            both = jax.value_and_grad(total, has_aux=True)
+            (mean, losses), gradient = jax.jit(both).lower(z, targets, keep).out_info
+            value, _ = jax.jit(total).lower(z, targets, keep).out_info
+        assert {x.dtype for x in (mean, losses, value)} == {np.dtype(np.float32)}
+        assert gradient.dtype == dtype
+
+
+@pytest.mark.parametrize(("name", "form_name"), CASES)
+@pytest.mark.parametrize("axis_type", [AUTO, EXPLICIT], ids=["auto", "explicit"])
+def test_a_batch_split_over_devices(name, form_name, axis_type):
+    if axis_type == AUTO and form_name not in ("labels", "two backgrounds"):
+        pytest.skip("XLA alone splits these: two forms show it.")
+    mesh = make_mesh((4,), ("data",), axis_type)
+
+    def place(x):
+        spec = P("data") if np.shape(x)[:1] == (BATCH,) else P()
+        return jax.device_put(jnp.asarray(x), NamedSharding(mesh, spec))
+
+    with jax.set_mesh(mesh):
+        args = jax.tree.map(place, (Z, form(form_name), KEEP))
+        assert_same(jit(value_and_gradient(name))(*args), plain_result(name, form_name))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize(("name", "form_name"), CASES)
+def test_an_empty_batch(name, form_name, dtype):
+    empty = jax.tree.map(lambda x: x[:0] if np.shape(x)[:1] == (BATCH,) else x, form(form_name))
+    z = jnp.zeros((0, CLASSES), dtype)
+    if dtype == jnp.float32:
+        losses, gradient = jit(value_and_gradient(name))(z, empty, KEEP[:0])
+        assert not np.isnan(losses).any()
+    else:  # What fails is the tracing.
+        function = jax.jit(value_and_gradient(name))
+        losses, gradient = function.lower(z, empty, KEEP[:0]).out_info
+    assert losses.dtype == (dtype if name in TRANSFORMS else np.float32)
+    assert (gradient.shape, gradient.dtype) == (z.shape, dtype)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_a_second_eager_call_compiles_nothing(name):
+    forms = ("labels", "prior") if name in LOSSES else ("labels",)
+    args = [jax.tree.map(jnp.asarray, (Z, form(form_name), KEEP)) for form_name in forms]
+
+    def call():
+        for each in args:
+            jax.block_until_ready((FUNCTIONS[name](*each), value_and_gradient(name)(*each)))
+
+    call()
+    with no_compilation():
+        call()
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("form_name", FORMS)
+def test_export_of_a_batch_of_any_size(name, form_name):
+    (batch,) = export.symbolic_shape("batch")
+    symbolic = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(
+            (batch, *x.shape[1:]) if x.shape[:1] == (BATCH,) else x.shape, x.dtype
+        ),
+        (Z, form(form_name), KEEP),
+    )
+    exported = export.export(jit(value_and_gradient(name)), platforms=("cpu", "cuda", "tpu"))
+    answer = exported(*symbolic).call(Z, form(form_name), KEEP)
+    assert_same(answer, plain_result(name, form_name))
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("form_name", ["labels", "smoothed"])
+def test_debug_nans_finds_none_behind_a_mask(name, form_name):
+    labels = jnp.where(KEEP, form("labels"), -100)
+    targets = labels if form_name == "labels" else xj.smooth_labels(labels, 0.1)
+    targets = xj.reweight_targets(targets, jnp.ones(CLASSES))
+    with jax.debug_nans(True):
+        losses, gradient = value_and_gradient(name)(Z, targets, KEEP)
+    assert np.isfinite(losses).all()
+    assert not gradient[~KEEP].any()
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("form_name", FORMS)
+def test_a_row_with_a_cotangent_of_0_has_the_gradient_0(name, form_name):
+    """Whatever is in it: the mask was given to the mean alone."""
+    if name in ("linear_softmax_cross_entropy", "softmax_cross_entropy of a class mask"):
+        pytest.skip("It has the mask already.")
+    t, z = form(form_name), Z.copy()
+    if form_name == "labels":
+        t = np.where(KEEP, t, -100).astype(np.int32)
+    elif form_name == "dense":
+        t = np.where(KEEP[:, None], t, np.nan).astype(np.float32)
+
+    def mean(z):
+        return xj.weighted_mean(FUNCTIONS[name](z, t, np.ones(BATCH, bool)), where=KEEP)
+
+    def of_rows(z):
+        rows = jax.tree.map(lambda x: x[KEEP] if np.shape(x)[:1] == (BATCH,) else x, t)
+        return FUNCTIONS[name](z[KEEP], rows, np.ones(KEEP.sum(), bool)).mean()
+
+    actual, desired = (jit(jax.value_and_grad(f))(z) for f in (mean, of_rows))
+    assert_same(actual, desired)
+    np.testing.assert_array_equal(actual[1][~KEEP], 0)
