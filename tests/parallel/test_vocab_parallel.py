@@ -204,7 +204,7 @@ def test_classes_that_do_not_divide_are_padded_and_masked():
     assert relative_difference((actual[0], actual[1][:, :num_classes]), desired) <= NEAR
     assert not actual[1][:, num_classes:].any()
     with pytest.raises(ValueError, match="evenly divi"):
-        losses(short, targets, is_class[:, :num_classes])
+        losses(short, padded, is_class[:, :num_classes])
 
 
 def test_invalid_labels_are_nan_in_their_row_alone():
