@@ -8,8 +8,8 @@ import jax
 _NAMES = []
 
 
-def _listen(event: str, duration: float, **_: object) -> None:
-    del duration
+def _listen(event: str, duration_secs: float, **kwargs: str | int) -> None:
+    del duration_secs, kwargs
     if event == "/jax/core/compile/backend_compile_duration":
         _NAMES.append(event)
 
