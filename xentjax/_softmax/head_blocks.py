@@ -258,15 +258,18 @@ def reference(
     over classes, and these add over blocks.
     """
 
-    def of_tokens(first, length, out):
+    def of_tokens(first, length, sums):
         x, t = tokens_of((inputs, mass), first, length)
-        return put(out, _reference_of_tokens(head, x, params, t), first)
+        return put(sums, _sums_of_reference(head, x, params, t), first)
 
     nothing = zeros(inputs.shape[:1], arithmetic_dtype(inputs, params), inputs)
-    return for_each(inputs.shape[0], head.plan.tokens, of_tokens, (nothing, nothing))
+    sums = for_each(inputs.shape[0], head.plan.tokens, of_tokens, (nothing,) * 4)
+    z_a, rest, excess, total = jax.lax.psum(sums, head.axes) if head.axes else sums
+    return excess + total * jnp.log1p(rest), z_a + jnp.log1p(rest)
 
 
-def _reference_of_tokens(head, inputs, params, mass):
+def _sums_of_reference(head, inputs, params, mass):
+    """Returns (z_a or 0, rest, excess, total mass) of each token, by this device's classes."""
     num_classes = num_classes_of(head, params)
     nothing = zeros(inputs.shape[:1], arithmetic_dtype(inputs, params), inputs)
 
@@ -279,12 +282,14 @@ def _reference_of_tokens(head, inputs, params, mass):
     start = nothing - jnp.inf, zeros(inputs.shape[:1], jnp.int32, inputs)
     largest, leader = for_each(num_classes, head.plan.classes, find_leader, start)
     largest, leader = jax.lax.stop_gradient((largest, leader))
-    z_a = _logits_at(head, inputs, params, leader)
+    own = _logits_at(head, inputs, params, leader)
+    own = jnp.where(own == -jnp.inf, jnp.zeros_like(own), own)
+    z_a = own
     if head.axes:
         is_mine = meshes.is_first_largest(largest, head.axes)
         leader = jnp.where(is_mine, leader, -num_classes * jnp.ones_like(leader))
-        z_a = jax.lax.psum(jnp.where(is_mine, z_a, jnp.zeros_like(z_a)), head.axes)
-    z_a = jnp.where(z_a == -jnp.inf, jnp.zeros_like(z_a), z_a)
+        own = jnp.where(is_mine, own, jnp.zeros_like(own))
+        z_a = jax.lax.psum(own, head.axes)
 
     def add_classes(start, size, carry):
         rest, excess = carry
@@ -295,10 +300,7 @@ def _reference_of_tokens(head, inputs, params, mass):
         return rest, excess + mass.block(start, size).excess(z, z_a, without=here)
 
     sums = for_each(num_classes, head.plan.classes, add_classes, (nothing, nothing))
-    rest, excess, total = *sums, mass.total()
-    if head.axes:
-        rest, excess, total = jax.lax.psum((rest, excess, total), head.axes)
-    return excess + total * jnp.log1p(rest), z_a + jnp.log1p(rest)
+    return own, *sums, meshes.varying(mass.total(), meshes.varying_axes(nothing))
 
 
 def _logits_at(head, inputs, params, classes):

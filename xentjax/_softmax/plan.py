@@ -22,7 +22,7 @@ from xentjax._targets.mass import Mass, only_points_are_heavy
 MIN_CPU_LOGITS = 2**14
 """Fewer logits cost less than the kernels that the CPU backend has more."""
 
-ROW_BLOCK_BYTES = 2**22
+ROW_BLOCK_BYTES = 2**21
 """Arrays of so many bytes in all, made for a block of rows, are soon read again from the cache."""
 
 MAX_WHOLE_LOGITS = 2**23
@@ -73,8 +73,8 @@ def make_plan(
     size = math.prod(shape)
     if backend == "portable" or size < MIN_CPU_LOGITS:
         return Plan("portable")
-    # A prior or dense mass has arrays beside the exponentials: itself, its costs, a choice.
-    row_bytes = shape[-1] * wide_dtype(dtype).itemsize * (1 if only_points else 4)
+    # A prior or dense mass has another array beside the exponentials: its costs.
+    row_bytes = shape[-1] * wide_dtype(dtype).itemsize * (1 if only_points else 2)
     rows = max(1, ROW_BLOCK_BYTES // row_bytes)
     fits, is_wide = size < MAX_WHOLE_LOGITS, jnp.dtype(dtype) == wide_dtype(dtype)
     one_block = rows * shape[-1] >= size
@@ -83,7 +83,7 @@ def make_plan(
     return Plan(
         "cpu",
         None if one_block or summary_whole else rows,
-        None if one_block or gradient_whole else rows,
+        None if one_block or gradient_whole else max(1, rows // 4),
     )
 
 
