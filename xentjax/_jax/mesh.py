@@ -40,9 +40,7 @@ def varying(tree: Any, axes: Iterable[Hashable]) -> Any:
         shared = _ordered(set(axes) - varying_axes(x))
         if not shared:
             return x
-        if hasattr(jax.lax, "pcast"):
-            return jax.lax.pcast(x, shared, to="varying")
-        return vars(jax.lax)["pvary"](x, shared)  # Its name before JAX 0.8.
+        return jax.lax.pcast(x, shared, to="varying")
 
     return jax.tree.map(cast, tree)
 
