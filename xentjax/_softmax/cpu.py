@@ -8,9 +8,8 @@
 
 | gradient | when |
 |---|---|
-| portable | fewer than 2¹⁴ logits |
-| whole | float32 and float64, and small arrays |
-| row blocks | bfloat16 and float16: no float32 array of all logits is made |
+| portable | fewer than 2¹⁴ logits; 2²³ and more of bfloat16 or float16: no float32 array is made |
+| whole | all else |
 
 A whole gradient asks for the exponentials by the formula of the whole summary, so that XLA computes
 them once, and the gradient takes their place.
@@ -100,17 +99,9 @@ def _with_any_leader(logits, mass, with_gradient, rows):
 
 
 def gradient(
-    terms: GradientTerms,
-    whole: PartialSoftmax,
-    logits: jax.Array,
-    mass: Mass,
-    rows: int | None = None,
+    terms: GradientTerms, whole: PartialSoftmax, logits: jax.Array, mass: Mass
 ) -> jax.Array:
-    """Returns what `portable.gradient` does, so many rows at a time; None: all at once."""
-    return _map_row_blocks(_gradient, terms, whole, logits, mass, rows=rows)
-
-
-def _gradient(terms, whole, logits, mass):
+    """Returns what `portable.gradient` does, in place of the exponentials."""
     z = wide(logits)
     e = _exponentials(z, whole.max_logit, logits, mass)
     entries = portable.less_density(e * terms.per_exponential[..., None], terms, mass)
@@ -171,7 +162,7 @@ def fusion_barrier(x: jax.Array) -> jax.Array:
 
 
 def _map_row_blocks(function: Callable[..., Any], *args: Any, rows: int | None) -> Any:
-    """Returns function(*args), a tree of arrays [...] or [..., V], so many rows at a time.
+    """Returns function(*args), a tree of arrays [...], so many rows at a time.
 
     The arguments are masses and trees of arrays, logits among them. None is all rows at once.
     """

@@ -41,13 +41,13 @@ class Plan:
 
     Attributes:
       backend: Whose code runs.
-      summary_rows: How many rows of logits the CPU backend summarises at a time; None is all.
-      gradient_rows: The same for the gradient.
+      rows: How many rows of logits the CPU backend summarises at a time; None is all.
+      gradient: Whose code makes the gradient.
     """
 
     backend: Backend
-    summary_rows: int | None = None
-    gradient_rows: int | None = None
+    rows: int | None = None
+    gradient: Backend = "portable"
 
 
 def make_plan(
@@ -79,12 +79,9 @@ def make_plan(
     fits, is_wide = size < MAX_WHOLE_LOGITS, jnp.dtype(dtype) == wide_dtype(dtype)
     one_block = rows * shape[-1] >= size
     summary_whole = only_points and (fits or (with_gradient and is_wide))
-    gradient_whole = fits or is_wide
-    return Plan(
-        "cpu",
-        None if one_block or summary_whole else rows,
-        None if one_block or gradient_whole else max(1, rows // 4),
-    )
+    # The plain gradient makes no float32 array of narrow logits, but a choice for each entry.
+    gradient = "cpu" if one_block or fits or is_wide else "portable"
+    return Plan("cpu", None if one_block or summary_whole else rows, gradient)
 
 
 def summarise(
@@ -100,7 +97,7 @@ def summarise(
     )
     if plan.backend == "portable":
         return portable.summarise(logits, mass, with_gradient)
-    return cpu.summarise(logits, mass, with_gradient, plan.summary_rows)
+    return cpu.summarise(logits, mass, with_gradient, plan.rows)
 
 
 def gradient(
@@ -129,6 +126,5 @@ def gradient(
         with_gradient=True,
         backend=backend,
     )
-    if plan.backend == "portable":
-        return portable.gradient(terms, whole, logits, mass)
-    return cpu.gradient(terms, whole, logits, mass, plan.gradient_rows)
+    code = portable if plan.gradient == "portable" else cpu
+    return code.gradient(terms, whole, logits, mass)
