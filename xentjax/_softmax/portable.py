@@ -70,14 +70,21 @@ def gradient(
         return less_points(entries, terms, whole, logits, mass).astype(logits.dtype)
     indices, weights = mass.points
     c, entry = entry_of_leader(terms, whole, logits, mass)
-    if indices.shape[-1] > MAX_COMPARED_POINTS:
-        entries = add_at(entries, indices, -scaled(terms.loss_cotangent[..., None], weights))
-        return set_at(entries, c, entry).astype(logits.dtype)
     if indices.shape[-1] > 1:
-        for k in range(indices.shape[-1]):
-            there = scaled(terms.loss_cotangent, weights[..., k])[..., None]
-            entries = jnp.where(is_class(indices[..., k], z), entries - there, entries)
+        entries = _add_points(entries, indices, -scaled(terms.loss_cotangent[..., None], weights))
+    if indices.shape[-1] > MAX_COMPARED_POINTS:
+        return set_at(entries, c, entry).astype(logits.dtype)
     return jnp.where(is_class(c, z), entry[..., None], entries).astype(logits.dtype)
+
+
+def _add_points(entries, indices, values):
+    """Returns entries [..., V] with values_k added at indices_k, [..., K]."""
+    if indices.shape[-1] > MAX_COMPARED_POINTS:
+        return add_at(entries, indices, values)
+    for k in range(indices.shape[-1]):
+        added = entries + values[..., k, None]
+        entries = jnp.where(is_class(indices[..., k], entries), added, entries)
+    return entries
 
 
 def rest_below(below: jax.Array, total: jax.Array) -> jax.Array:
@@ -120,7 +127,7 @@ def less_points(
     leads = wide(at_classes(logits, indices)) == whole.max_logit[..., None]
     leads &= terms.leader_is_heavy[..., None]  # The leader's entry has its weight already.
     added = scaled(terms.loss_cotangent[..., None], weights)
-    return add_at(entries, indices, jnp.where(leads, jnp.zeros_like(added), -added))
+    return _add_points(entries, indices, jnp.where(leads, jnp.zeros_like(added), -added))
 
 
 def entry_of_leader(
