@@ -50,7 +50,7 @@ def smooth_labels(
 
     Returns:
       Dense targets for dense targets, SparseTargets otherwise; float64 where some mass is float64,
-      and float32 elsewhere.
+      and float32 elsewhere (labels alone: JAX's default dtype).
 
     Raises:
       ValueError: alpha is not a scalar in [0, 1], background is not float[V], or targets have no
@@ -119,7 +119,7 @@ def mix_targets(a: Targets, b: Targets, lam: Floats, *, axis: int = -1) -> Array
 
     Returns:
       Dense targets if either is dense, SparseTargets of K = K_a + K_b otherwise; float64 where some
-      mass or `lam` is a float64 array, and float32 elsewhere.
+      mass or `lam` is a float64 array, and float32 elsewhere (labels alone: JAX's default dtype).
 
     Raises:
       ValueError: Batches or classes differ, lam is neither a scalar nor of the batch's shape, or
@@ -235,7 +235,7 @@ def reweight_targets(
 
     Returns:
       Dense targets for dense targets, SparseTargets otherwise; float64 where some mass or weight is
-      float64, and float32 elsewhere.
+      float64, and float32 elsewhere (labels alone: JAX's default dtype).
 
     Raises:
       ValueError: class_weights is not of shape [V], or targets are of other classes or have no such
@@ -294,8 +294,8 @@ def dense_targets(targets: Targets, num_classes: int, *, axis: int = -1) -> Arra
       axis: The class axis of what is returned, and that of dense targets.
 
     Returns:
-      Masses, float[..., V]: float64 where some mass is float64, and float32 elsewhere. A label
-      outside [0, V) makes its row NaN.
+      Masses, float[..., V]: float64 where some mass is float64, and float32 elsewhere (labels
+      alone: JAX's default dtype). A label outside [0, V) makes its row NaN.
 
     Raises:
       ValueError: num_classes is not positive, or targets are not for `num_classes` classes or have
