@@ -1,7 +1,7 @@
 """What some classes tell of the softmax, and how that merges: a leader and the sum of the rest.
 
 The classes are all of them, a block in a loop, or a shard on a device. The leader a is the class of
-the largest logit m = z_a among them. Of their logits z and target mass t a PartialSoftmax keeps
+the largest logit m = z_a among them. A PartialSoftmax keeps, for logits z and target mass t,
 
     rest   = Σ_{v≠a} exp(z_v − m)                mass         = Σ_v t_v
     excess = Σ_v t_v · (m − z_v)                 mass_of_rest = Σ_{v≠a} t_v

@@ -108,17 +108,9 @@ class DenseMass:
         """Returns the mass on the classes [start, start + size) as mass on these alone."""
         return type(self)(jax.lax.dynamic_slice_in_dim(self.masses, start, size, axis=-1))
 
-    def map_masses(self, function: Callable[[jax.Array], jax.Array]) -> Self:
-        """Returns function of all arrays of mass, [..., V]."""
-        return type(self)(function(self.masses))
-
     def map_examples(self, function: Callable[[Any], Any]) -> Self:
         """Returns function of all arrays that have the batch's axes."""
         return type(self)(function(self.masses))
-
-    def astype(self, dtype: jax.typing.DTypeLike) -> Self:
-        """Returns the mass in another dtype."""
-        return type(self)(self.masses.astype(dtype))
 
 
 @jax.tree_util.register_dataclass
@@ -265,13 +257,6 @@ class SparseMass:
             size=size,
         )
 
-    def map_masses(self, function: Callable[[jax.Array], jax.Array]) -> Self:
-        """Returns the mass with function(x) for every array x of mass, [..., n]."""
-        mass = self.background_mass
-        if mass is not None:
-            mass = function(mass) if self.prior is not None else function(mass[..., None])[..., 0]
-        return dataclasses.replace(self, weights=function(self.weights), background_mass=mass)
-
     def map_examples(self, function: Callable[[jax.Array], jax.Array]) -> Self:
         """Returns the mass with function(x) for every array x that has the batch's axes."""
         mass = self.background_mass
@@ -280,15 +265,6 @@ class SparseMass:
             indices=function(self.indices),
             weights=function(self.weights),
             background_mass=None if mass is None else function(mass),
-        )
-
-    def astype(self, dtype: jax.typing.DTypeLike) -> Self:
-        """Returns the mass in another dtype."""
-        mass = self.map_masses(lambda x: x.astype(dtype))
-        return (
-            mass
-            if mass.prior is None
-            else dataclasses.replace(mass, prior=mass.prior.astype(dtype))
         )
 
     def _uniform(self, classes):

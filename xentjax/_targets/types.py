@@ -298,16 +298,6 @@ def _hint(
     return f"; they fit classes along axis={fitting[0]}" if fitting else ""
 
 
-def invalid_as_nan(targets: SparseTargets, num_classes: int) -> SparseTargets:
-    """Gives NaN weight to classes outside [0, V), so that their loss and gradient are NaN."""
-    valid = is_valid(targets.indices, num_classes)
-    return dataclasses.replace(
-        targets,
-        indices=jnp.clip(targets.indices, 0, num_classes - 1),
-        weights=jnp.where(valid, targets.weights, jnp.nan),
-    )
-
-
 def is_valid(labels: jax.Array, num_classes: int) -> jax.Array:
     """Returns where labels are in [0, V)."""
     return (labels >= 0) & (labels < num_classes)
