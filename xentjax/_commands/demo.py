@@ -23,7 +23,7 @@ from sklearn.datasets import load_digits
 
 import xentjax
 from xentjax._commands.common import COLOURS, check_writable, fail, progress_bar, tidy
-from xentjax._commands.text import definitions, paragraph, table
+from xentjax._explain.text import definitions, paragraph, table
 
 TRAIN_SIZE = 900
 BATCH_SIZE = 50

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import xentjax
-from xentjax._commands.text import definitions, paragraph, table
+from xentjax._explain.text import definitions, paragraph, table
 
 MAX_LOGIT = 1e38  # Any two such logits have a difference that float32 holds.
 MAX_TERMS = 4  # A sum of more terms is not written out.

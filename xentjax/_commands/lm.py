@@ -30,7 +30,7 @@ from matplotlib.ticker import MaxNLocator
 
 import xentjax
 from xentjax._commands.common import COLOURS, check_writable, fail, progress_bar, tidy
-from xentjax._commands.text import definitions, paragraph, table
+from xentjax._explain.text import definitions, paragraph, table
 
 CONTEXT = 8  # Words that are read to predict the next.
 FEATURES = 128

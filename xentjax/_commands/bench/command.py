@@ -28,7 +28,7 @@ from xentjax._commands.bench.cases import Case, Plan
 from xentjax._commands.bench.contenders import CONTENDERS
 from xentjax._commands.bench.timing import REFERENCE, TOLERANCE, Measurement, Outcome
 from xentjax._commands.common import check_writable, fail, progress_bar
-from xentjax._commands.text import paragraph
+from xentjax._explain.text import paragraph
 
 PACKAGES = ("jax", "jaxlib", "numpy", "optax", "torch", "tokamax")
 

@@ -10,7 +10,7 @@ from xentjax._commands.bench.cases import IN_PICTURE, Plan, Size
 from xentjax._commands.bench.contenders import CONTENDERS
 from xentjax._commands.bench.timing import OUT_OF_MEMORY, Measurement, Outcome
 from xentjax._commands.common import COLOURS, tidy
-from xentjax._commands.text import definitions, paragraph, table
+from xentjax._explain.text import definitions, paragraph, table
 
 LEGEND = (
     ("∇", "with the gradient; else the mean loss alone"),

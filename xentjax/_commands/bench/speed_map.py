@@ -12,7 +12,7 @@ import numpy as np
 
 from xentjax._commands.bench.report import describe, ratio_text, three_digits
 from xentjax._commands.bench.timing import Measurement
-from xentjax._commands.text import definitions, table
+from xentjax._explain.text import definitions, table
 
 GOALS = {"value": 0.8, "gradient": 0.95}
 """The least speed that a case should have."""
