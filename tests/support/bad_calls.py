@@ -222,9 +222,11 @@ def mixing_calls():
         ((1, 3), shape_of("image_axes", "two axes", "(1, 3)")),
         ((1,), kind_of("image_axes", "two ints", "(1,)")),
         ((1.0, 2.0), kind_of("image_axes", "two ints", "(1.0, 2.0)")),
-        (None, kind_of("image_axes", "two ints", "None")),
+        (2, kind_of("image_axes", "two ints", "2")),
     ]:
         yield Bad(xj.cutmix, (KEY, IMAGES, LABELS, 1.0), {"image_axes": axes}, *error)
+    channels_first = shape_of("image_axes", "(2, 3)", "None")
+    yield Bad(xj.cutmix, (KEY, jnp.zeros((4, 3, 8, 8)), LABELS, 1.0), {}, *channels_first)
     maps, mask = ints(4, 8, 8), {"where": bools(4, 8, 8)}
     yield Bad(xj.cutmix, (KEY, IMAGES, maps[:, :4], 1.0), {}, *shape_of("targets", "8", "4, 4, 8"))
     yield Bad(xj.cutmix, (KEY, IMAGES, maps, 1.0), mask, *shape_of("where", "None", "mask"))

@@ -18,6 +18,8 @@ from xentjax._targets.types import SparseTargets, Targets
 
 Inputs = TypeVar("Inputs")
 
+MAX_CHANNELS = 4  # Grey, with alpha, RGB, RGBA: so few rows and more columns are no image.
+
 
 @overload
 def mixup(
@@ -128,7 +130,7 @@ def cutmix(
     *,
     per_example: bool = False,
     where: Bool[ArrayLike, "batch ..."] | None = None,
-    image_axes: Sequence[int] = (1, 2),
+    image_axes: Sequence[int] | None = None,
     axis: int = -1,
 ) -> tuple[Array, SparseTargets]: ...
 @overload
@@ -140,7 +142,7 @@ def cutmix(
     *,
     per_example: bool = False,
     where: Bool[ArrayLike, "batch ..."] | None = None,
-    image_axes: Sequence[int] = (1, 2),
+    image_axes: Sequence[int] | None = None,
     axis: int = -1,
 ) -> tuple[Array, Array | SparseTargets]: ...
 def cutmix(
@@ -151,7 +153,7 @@ def cutmix(
     *,
     per_example: bool = False,
     where: Bool[ArrayLike, "batch ..."] | None = None,
-    image_axes: Sequence[int] = (1, 2),
+    image_axes: Sequence[int] | None = None,
     axis: int = -1,
 ) -> tuple[Array, Array | SparseTargets]:
     """Pastes a box of another image of the batch into each, and mixes targets by area.
@@ -173,7 +175,8 @@ def cutmix(
         An image is mixed where some target of it is. None beside targets of each pixel: paste
         their mask as `images`, by another call with the same key.
       image_axes: The axes of height and width in `images`: (1, 2) for [batch, height, width,
-        channels], (2, 3) for [batch, channels, height, width].
+        channels], (2, 3) for [batch, channels, height, width]. None is (1, 2), and refuses images
+        that look like the second.
       axis: The class axis of dense targets; labels and SparseTargets have none.
 
     Returns:
@@ -183,8 +186,8 @@ def cutmix(
     Raises:
       TypeError: key is no key, alpha is not a number, image_axes are not ints, per_example or
         where is not bool, or targets have a dtype that cannot be one.
-      ValueError: Batches differ, image_axes are not two axes behind the batch, or alpha is negative
-        or not a scalar.
+      ValueError: Batches differ, image_axes are not two axes behind the batch, they are None for
+        images of at most 4 rows and more channels, or alpha is negative or not a scalar.
 
     Example:
       >>> import jax
@@ -318,6 +321,15 @@ def _check_key(key):
 
 def _as_image_axes(image_axes, images):
     """Returns the axes of height and width as non-negative ints."""
+    if image_axes is None:
+        rows, columns = (*images.shape, 0, 0, 0, 0)[1:4:2]
+        are_ints = isinstance(rows, int) and isinstance(columns, int)  # Not so in some exports.
+        checks.check(
+            not (images.ndim == 4 and are_ints and rows <= MAX_CHANNELS < columns),
+            f"image_axes: expected (2, 3) if images {checks.describe(images)} are [batch, channels, "
+            "height, width], or (1, 2) if they are not, got None",
+        )
+        image_axes = 1, 2
     is_pair = isinstance(image_axes, Sequence) and len(image_axes) == 2
     checks.check(
         is_pair and all(isinstance(a, int) and not isinstance(a, bool) for a in image_axes),
