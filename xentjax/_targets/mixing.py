@@ -326,8 +326,8 @@ def _as_image_axes(image_axes, images):
         are_ints = isinstance(rows, int) and isinstance(columns, int)  # Not so in some exports.
         checks.check(
             not (images.ndim == 4 and are_ints and rows <= MAX_CHANNELS < columns),
-            f"image_axes: expected (2, 3) if images {checks.describe(images)} are [batch, channels, "
-            "height, width], or (1, 2) if they are not, got None",
+            f"image_axes: expected (2, 3) if images {checks.describe(images)} have channels before "
+            "height and width, or (1, 2) if they have not, got None",
         )
         image_axes = 1, 2
     is_pair = isinstance(image_axes, Sequence) and len(image_axes) == 2
