@@ -3,13 +3,17 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test prove lint clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m xentjax demo
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+# Before a release: the cases and the long proofs that `make test` leaves out.
+prove: $(VENV)/.test
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m prove
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .
