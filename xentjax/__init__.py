@@ -52,10 +52,10 @@ Information, of probabilities and of logits.
   softmax_kl_divergence: of two softmaxes, from logits
 
 Debugging.
-  label_checks: makes labels outside the classes an error
+  value_checks: makes values that have no meaning an error: labels, masses, NaN logits
 """
 
-from xentjax._jax.checks import label_checks
+from xentjax._jax.value_checks import value_checks
 from xentjax._losses.information import (
     cross_entropy,
     entropy,
@@ -143,5 +143,5 @@ __all__ = [
     "softmax_entropy",
     "softmax_kl_divergence",
     # Debugging.
-    "label_checks",
+    "value_checks",
 ]

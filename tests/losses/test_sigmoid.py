@@ -386,14 +386,14 @@ def test_multilabel_mask_of_examples():
 
 @pytest.mark.parametrize("bad", [-1, 255, np.nan, 1.5])
 @pytest.mark.parametrize("name", LOSSES)
-def test_label_checks_name_position_and_value(name, bad):
+def test_value_checks_name_position_and_value(name, bad):
     loss = getattr(xentjax, name)
     p, t = np.full((2, 3), 0.5, np.float32), np.ones((2, 3), np.float32)
     t[1, 2] = bad
     keep = np.ones((2, 3), bool)
     wanted = rf"targets: expected values in \[0, 1\], got {bad}.* at position \[1 2\]"
     loss(p, t)
-    with xentjax.label_checks():
+    with xentjax.value_checks():
         loss(p, np.clip(np.nan_to_num(t), 0, 1))
         with pytest.raises(ValueError, match=wanted):
             loss(p, t)

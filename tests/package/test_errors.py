@@ -49,7 +49,7 @@ def test_error_names_the_argument_the_expected_and_the_given(bad, traced):
 def test_every_public_function_is_in_the_table():
     functions = {getattr(xj, name) for name in xj.__all__}
     # A switch of no arguments, a type alias, and classes whose parts are checked where they go.
-    functions -= {xj.label_checks, xj.Targets}
+    functions -= {xj.value_checks, xj.Targets}
     functions = {f for f in functions if not isinstance(f, type)}
     # Those that return a function or run in a shard_map have their errors in tests of their own.
     functions = {f for f in functions if "._parallel." not in f.__module__}
@@ -102,7 +102,7 @@ def test_odd_values_have_an_error_that_names_the_argument(function):
 
 def test_good_calls_are_those_of_every_function():
     inside = {f for f in GOOD if f is not xj.per_example}
-    functions = {getattr(xj, name) for name in xj.__all__} - {xj.label_checks, xj.Targets}
+    functions = {getattr(xj, name) for name in xj.__all__} - {xj.value_checks, xj.Targets}
     functions = {f for f in functions if not isinstance(f, type)}
     # They run inside a shard_map only, and their errors are tested there.
     functions -= {f for f in functions if f.__name__.startswith("vocab_parallel")}
@@ -245,22 +245,22 @@ def labels_with(bad, position=(1, 2)):
 @pytest.mark.parametrize(
     "function", [xj.softmax_cross_entropy, xj.softmax_cross_entropy_with_stats]
 )
-def test_label_checks_name_position_and_label(function, bad, as_array):
+def test_value_checks_name_position_and_label(function, bad, as_array):
     wanted = rf"targets: expected labels in \[0, 4\), got {bad} at position \[1 2\]"
-    with xj.label_checks(), pytest.raises(ValueError, match=wanted):
+    with xj.value_checks(), pytest.raises(ValueError, match=wanted):
         function(LOGITS, as_array(labels_with(bad)))
 
 
-def test_label_checks_see_through_operations():
+def test_value_checks_see_through_operations():
     targets = xj.smooth_labels(xj.mix_targets(labels_with(0), labels_with(9), 0.5), 0.1)
-    with xj.label_checks(), pytest.raises(ValueError, match=r"got 9 at position \[1 2\]"):
+    with xj.value_checks(), pytest.raises(ValueError, match=r"got 9 at position \[1 2\]"):
         xj.softmax_cross_entropy(LOGITS, targets)
 
 
-def test_label_checks_leave_out_what_is_masked_out():
+def test_value_checks_leave_out_what_is_masked_out():
     labels = labels_with(-100, (slice(None), 0))
     keep = labels >= 0
-    with xj.label_checks():
+    with xj.value_checks():
         losses = xj.softmax_cross_entropy(LOGITS, labels, where=keep)
         np.testing.assert_allclose(losses, np.where(keep, math.log(4), 0), rtol=1e-6)
         labels[1, 1] = 4
@@ -270,25 +270,25 @@ def test_label_checks_leave_out_what_is_masked_out():
             xj.softmax_cross_entropy(LOGITS, labels, where=bools(2, 3, 4))
 
 
-def test_label_checks_with_another_class_axis():
-    with xj.label_checks():
+def test_value_checks_with_another_class_axis():
+    with xj.value_checks():
         xj.softmax_cross_entropy(LOGITS, ints(2, 4), axis=1)
         with pytest.raises(ValueError, match=r"labels in \[0, 3\), got 3 at position \[0 1\]"):
             xj.softmax_cross_entropy(LOGITS, jnp.array([[0, 3, 0, 0]] * 2), axis=1)
 
 
-def test_label_checks_are_off_unless_they_are_on():
+def test_value_checks_are_off_unless_they_are_on():
     bad = labels_with(4)
 
     def is_nan():
         return np.isnan(xj.softmax_cross_entropy(LOGITS, bad)).sum() == 1
 
     assert is_nan()
-    with contextlib.suppress(KeyError), xj.label_checks():
+    with contextlib.suppress(KeyError), xj.value_checks():
         raise KeyError
     assert is_nan()
-    with xj.label_checks():
-        with xj.label_checks():
+    with xj.value_checks():
+        with xj.value_checks():
             pass
         with pytest.raises(ValueError, match="targets"):
             is_nan()
@@ -296,7 +296,7 @@ def test_label_checks_are_off_unless_they_are_on():
 
 
 def checked_loss(logits, labels):
-    with xj.label_checks():
+    with xj.value_checks():
         return xj.softmax_cross_entropy(logits, labels).sum()
 
 
@@ -319,7 +319,7 @@ def scanned(logits, labels):
         (lambda z, y: jax.lax.cond(z.sum() == 0, checked_loss, lambda z, y: 0.0, z, y), "[1 2]"),
     ],
 )
-def test_label_checks_in_compiled_functions(function, position):
+def test_value_checks_in_compiled_functions(function, position):
     """With checkify the error is a value; without it, our error says how to add it."""
     bad = jnp.asarray(labels_with(-5))
     error, _ = checkify.checkify(jax.jit(function))(LOGITS, jnp.asarray(labels_with(3)))
@@ -327,22 +327,22 @@ def test_label_checks_in_compiled_functions(function, position):
     for checked in (checkify.checkify(jax.jit(function)), jax.jit(checkify.checkify(function))):
         error, _ = checked(LOGITS, bad)
         assert f"targets: expected labels in [0, 4), got -5 at position {position}" in error.get()
-    wanted = r"^label_checks of xentjax: expected checkify .*`.*checkify\.checkify\(jax\.jit\(f\)\)"
+    wanted = r"^value_checks of xentjax: expected checkify .*`.*checkify\.checkify\(jax\.jit\(f\)\)"
     with pytest.raises(ValueError, match=wanted):
         jax.jit(function)(LOGITS, bad)
 
 
 @pytest.mark.parametrize("function", ["logits", "head"])
-def test_label_checks_with_classes_split_over_devices(function):
+def test_value_checks_with_classes_split_over_devices(function):
     mesh = make_mesh((2, 2), ("data", "model"))
 
     def loss_of_logits(logits, labels):
-        with xj.label_checks():
+        with xj.value_checks():
             return xj.vocab_parallel_softmax_cross_entropy(logits, labels, axis_name="model")
 
     def loss_of_head(kernel, labels):
         head = functools.partial(xj.vocab_parallel_linear_softmax_cross_entropy, axis_name="model")
-        with xj.label_checks():
+        with xj.value_checks():
             return head(jnp.ones((2, 3)), kernel, labels, reduction="none")
 
     loss, specs = (
@@ -357,5 +357,5 @@ def test_label_checks_with_classes_split_over_devices(function):
     np.testing.assert_allclose(losses, math.log(4), rtol=1e-6)
     error, _ = checkify.checkify(split)(array, jnp.array([0, 3, 1, 7]))
     assert "targets: expected labels in [0, 4), got 7 at position [1]" in error.get()
-    with pytest.raises(ValueError, match=r"label_checks of xentjax: expected checkify"):
+    with pytest.raises(ValueError, match=r"value_checks of xentjax: expected checkify"):
         split(array, jnp.array([0, 3, 1, 7]))

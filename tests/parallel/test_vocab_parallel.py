@@ -328,7 +328,7 @@ def test_it_exports():
 
 
 @pytest.mark.parametrize("head", [False, True])
-def test_label_checks_name_the_label(head):
+def test_value_checks_name_the_label(head):
     labels = target_forms(EXAMPLES, CLASSES)["labels"].at[5].set(CLASSES)
     mesh = make_mesh((4,), ("model",))
 
@@ -344,7 +344,7 @@ def test_label_checks_name_the_label(head):
     z = jnp.ones((EXAMPLES, FEATURES if head else CLASSES))
 
     def call(labels):
-        with xentjax.label_checks():
+        with xentjax.value_checks():
             sharded = jax.shard_map(losses, mesh=mesh, in_specs=specs, out_specs=P())
             checked = jax.jit(checkify.checkify(sharded))
             error, _ = checked(z, labels)

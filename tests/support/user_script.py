@@ -91,5 +91,5 @@ for measure in (
 ):
     assert_type(measure, jax.Array)
 
-with xentjax.label_checks():
+with xentjax.value_checks():
     xentjax.softmax_cross_entropy(logits, labels)

@@ -1,9 +1,7 @@
 """Guards on arguments, with one voice for errors: which argument, what was expected, what came."""
 
-import contextlib
-import contextvars
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeGuard
 
 import chex
@@ -12,10 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 from jaxtyping import ArrayLike
-
-from xentjax._jax.checks_of_values import check_values
-
-_labels_checked = contextvars.ContextVar("labels_checked", default=False)
 
 
 def as_array(name: str, x: Any, what: str = "a floating-point array") -> jax.Array:
@@ -126,71 +120,6 @@ def as_positive(name: str, x: Any) -> jax.Array:
 def is_int(x: Any) -> TypeGuard[int]:
     """Returns whether `x` is an integer of Python or NumPy, and no bool."""
     return isinstance(x, int | np.integer) and not isinstance(x, bool)
-
-
-@contextlib.contextmanager
-def label_checks() -> Iterator[None]:
-    """Makes labels outside [0, V) an error that names the position and the label.
-
-    Without it such labels give NaN, at no cost; binary targets outside [0, 1], which count as they
-    are without it, are errors too. In a compiled function (`jax.jit`, `jax.shard_map`, the body of
-    `jax.lax.scan`) the check is one of `jax.experimental.checkify`, and an error without it. Write
-    `error, value = checkify.checkify(jax.jit(f))(...)`, and then `error.throw()`. In a `shard_map`
-    it takes a mesh of automatic axes, and a loop that is differentiated in reverse drops the checks
-    in its body, so check the value (both jax 0.10.2). What was compiled before the switch was on
-    stays as it was.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> import xentjax
-      >>> with xentjax.label_checks():
-      ...     xentjax.softmax_cross_entropy(jnp.zeros((2, 3)), jnp.array([0, 7]))
-      Traceback (most recent call last):
-        ...
-      jax._src.checkify.JaxRuntimeError: targets: expected labels in [0, 3), got 7 at...
-    """
-    token = _labels_checked.set(True)
-    try:
-        yield
-    finally:
-        _labels_checked.reset(token)
-
-
-def label_checks_are_on() -> bool:
-    """Returns whether the caller is inside `label_checks`."""
-    return _labels_checked.get()
-
-
-def check_labels(labels: jax.Array, num_classes: int, where: jax.Array | None) -> None:
-    """Under `label_checks`, raises or records an error at the first label outside [0, V)."""
-    if not _labels_checked.get() or labels.size == 0:
-        return
-    bad = (labels < 0) | (labels >= num_classes)
-    if where is not None:
-        bad &= where[..., None]
-    position = jnp.stack(jnp.unravel_index(jnp.argmax(bad), labels.shape))
-    check_values(
-        ~bad.any(),
-        f"targets: expected labels in [0, {num_classes}), got {{label}} at position {{position}}",
-        label=labels[tuple(position)],
-        position=position[:-1],
-    )
-
-
-def check_probabilities(name: str, x: jax.Array, where: jax.Array | None) -> None:
-    """Under `label_checks`, raises or records an error at the first of x outside [0, 1]."""
-    if not _labels_checked.get() or x.size == 0:
-        return
-    bad = ~((x >= 0) & (x <= 1))
-    if where is not None:
-        bad &= where
-    position = jnp.stack(jnp.unravel_index(jnp.argmax(bad), x.shape)) if x.ndim else jnp.zeros(0)
-    check_values(
-        ~bad.any(),
-        f"{name}: expected values in [0, 1], got {{value}} at position {{position}}",
-        value=x[tuple(position)],
-        position=position,
-    )
 
 
 def as_mask(

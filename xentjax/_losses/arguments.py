@@ -11,7 +11,7 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import ArrayLike
 
-from xentjax._jax import checks
+from xentjax._jax import checks, value_checks
 from xentjax._targets import mass as masses
 from xentjax._targets import types
 from xentjax._targets.mass import Mass
@@ -31,7 +31,7 @@ def jit_unless_traced(*static: str) -> Callable[[Callable[..., Any]], Callable[.
         @functools.wraps(function)
         def either(*args, **options):
             leaves = jax.tree.leaves((args, options))
-            direct = checks.label_checks_are_on() or any(isinstance(x, Tracer) for x in leaves)
+            direct = value_checks.are_on() or any(isinstance(x, Tracer) for x in leaves)
             return (function if direct else jitted)(*args, **options)
 
         return either
@@ -76,11 +76,14 @@ def masked_logits(
     shape = logits.shape
     logits = classes_last(logits, axes)
     if where is None:
+        value_checks.check_not_nan("logits", logits)
         return logits, None
     where = checks.as_mask(where, logits.shape[:-1], shape, classes)
     if where.shape != shape:
+        value_checks.check_not_nan("logits", logits, where)
         return logits, where
     keep = classes_last(where, axes)
+    value_checks.check_not_nan("logits", logits, keep)
     return jnp.where(keep, logits, jnp.full_like(logits, -jnp.inf)), keep.any(-1)
 
 
@@ -114,13 +117,26 @@ def as_mass(
     if not isinstance(targets, SparseTargets):
         fits = "dense targets: that of the logits"
         checks.check_shape("targets", targets, logits_shape, fits)
-        return masses.mass_of(classes_last(targets, axes), size, dtype, mask)
+        dense = classes_last(targets, axes)
+        value_checks.check_masses("targets", dense, mask)
+        return masses.mass_of(dense, size, dtype, mask)
     types.check_targets(targets, batch, num_classes, shape_of_hint)
-    checks.check_labels(targets.indices, num_classes, mask)
+    value_checks.check_labels(targets.indices, num_classes, mask)
+    _check_sparse_masses(targets, mask)
     mass = masses.mass_of(targets, num_classes, dtype, mask)
     if not mesh_axes:
         return mass
     return mass.block(jax.lax.axis_index(mesh_axes) * size, size)
+
+
+def _check_sparse_masses(targets: SparseTargets, mask: jax.Array | None) -> None:
+    """Under `value_checks`, checks that no mass is negative or NaN, but for examples masked out."""
+    for name in ("weights", "background_mass"):
+        x = getattr(targets, name)
+        if x is not None:
+            value_checks.check_masses(f"targets.{name}", x, mask)
+    if targets.background is not None:
+        value_checks.check_masses("targets.background", targets.background)
 
 
 def as_arrays(targets: Targets) -> Targets:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
-from xentjax._jax import checks
+from xentjax._jax import checks, value_checks
 from xentjax._jax import mesh as meshes
 from xentjax._jax.dtypes import wide_dtype
 from xentjax._jax.rule import apply
@@ -234,6 +234,7 @@ def prepare(arrays: Arrays, options: Options) -> Call:
         if x is not None:
             checks.check_shape(name, x, batch, "the batch of inputs")
     dtype = wide_dtype(inputs.dtype, kernel.dtype)
+    _check_values(inputs, kernel, bias, where, weights)
     mass = arguments.as_mass(targets, (*batch, num_classes), dtype, where, mesh_axes=options.axes)
     num_tokens, features = math.prod(batch), inputs.shape[-1]
     mass = mass.map_examples(lambda x: x.reshape(num_tokens, *x.shape[len(batch) :]))
@@ -253,6 +254,16 @@ def prepare(arrays: Arrays, options: Options) -> Call:
     plan = options.plan or make_plan(sizes, dtype.itemsize, options.memory_budget, shards)
     head = Head(class_axis, transform, plan, options.axes, options.with_stats)
     return Call(head, (inputs, Params(kernel, bias, constants), mass, mask), w)
+
+
+def _check_values(inputs, kernel, bias, where, weights):
+    """Under `value_checks`, checks that logits can be made without NaN, and weights are ≥ 0."""
+    value_checks.check_not_nan("inputs", inputs, where)
+    value_checks.check_not_nan("kernel", kernel)
+    if bias is not None:
+        value_checks.check_not_nan("bias", bias)
+    if weights is not None:
+        value_checks.check_masses("weights", weights, where)
 
 
 def _checked_shapes(inputs, kernel, class_axis):

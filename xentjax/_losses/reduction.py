@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float
 
-from xentjax._jax import arithmetic, checks
+from xentjax._jax import arithmetic, checks, value_checks
 from xentjax._jax.dtypes import wide_dtype
 
 
@@ -139,6 +139,7 @@ def weighted_sum(
         where = checks.as_array("where", where, "a bool array")
         checks.check_bool("where", where)
         checks.check_shape("where", where, losses.shape, "that of losses")
+    value_checks.check_masses("weights", weights, where)
     return _weighted_sum(losses, weights.astype(losses.dtype), where, axes)
 
 

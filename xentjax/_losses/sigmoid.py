@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float
 
-from xentjax._jax import arithmetic, checks
+from xentjax._jax import arithmetic, checks, value_checks
 from xentjax._jax.dtypes import wide_dtype
 from xentjax._jax.rule import Rule, apply
 
@@ -30,7 +30,7 @@ def sigmoid_binary_cross_entropy(
     Args:
       logits: z, float[...]; ±inf is certainty, of loss 0 where the target agrees.
       targets: t, the probability of yes in [0, 1]: float, bool or int, of the shape of logits.
-        Others count as they are; `label_checks` turns them into an error.
+        Others count as they are; `value_checks` turns them into an error.
       where: Which elements to keep, bool of the shape of logits; the others have loss and gradient
         0, whatever stands there.
 
@@ -114,7 +114,7 @@ def binary_cross_entropy(
     Args:
       probabilities: p, of yes, float[...] in [0, 1].
       targets: t, in [0, 1]: float, bool or int, of the shape of probabilities. Others count as they
-        are; `label_checks` turns them into an error.
+        are; `value_checks` turns them into an error.
       where: Which elements to keep, bool of the shape of probabilities; the others have loss and
         gradient 0, whatever stands there.
 
@@ -155,7 +155,11 @@ def _as_binary(name, predictions, targets, where):
         checks.check_bool("where", where)
         checks.check_shape("where", where, predictions.shape, f"that of {name}")
     targets = targets.astype(wide_dtype(predictions.dtype))
-    checks.check_probabilities("targets", targets, where)
+    value_checks.check_probabilities("targets", targets, where)
+    if name == "logits":
+        value_checks.check_not_nan(name, predictions, where)
+    else:
+        value_checks.check_probabilities(name, predictions, where)
     return predictions, targets, where
 
 

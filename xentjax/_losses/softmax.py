@@ -52,7 +52,7 @@ def softmax_cross_entropy(
       logits: z, float[..., V].
       targets: Labels int[...], dense float[..., V] (any non-negative mass), or SparseTargets of
         that batch. A label outside [0, V) gives NaN loss and gradient in its row, never another
-        class's; `label_checks` turns it into an error.
+        class's; `value_checks` turns it into an error.
       axis: The class axis, or several; a label is then a flat index over them, in that order.
         Dense targets have the shape of the logits.
       where: Of the loss's shape: examples to keep, the others have loss and gradient 0. Of the

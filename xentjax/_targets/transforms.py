@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from jaxtyping import Array, ArrayLike
 
-from xentjax._jax import checks
+from xentjax._jax import checks, value_checks
 from xentjax._jax import mesh as _mesh
 from xentjax._targets import types as _targets
 from xentjax._targets.types import AnyTargets, SparseTargets, Targets
@@ -73,6 +73,7 @@ def smooth_labels(
     alpha = as_number("alpha", alpha, 0, 1)
     if background is not None:
         background = _as_masses_of_classes("background", background, targets)
+        value_checks.check_distributions("background", background, (0,))
     return classes_at(_smooth(targets, alpha, background), axis)
 
 
@@ -256,6 +257,7 @@ def reweight_targets(
     """
     targets, axis = classes_last(_targets.as_targets(targets), axis)
     class_weights = _as_masses_of_classes("class_weights", class_weights, targets)
+    value_checks.check_masses("class_weights", class_weights)
     return classes_at(_reweight(targets, class_weights), axis)
 
 

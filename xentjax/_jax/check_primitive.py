@@ -16,7 +16,7 @@ from jax.extend.core import ClosedJaxpr, Primitive, jaxpr_as_fun
 from jax.interpreters import ad, batching, mlir
 
 UNDER_JIT = (
-    "label_checks of xentjax: expected checkify around the compiled function, got none; write "
+    "value_checks of xentjax: expected checkify around the compiled function, got none; write "
     "`error, value = checkify.checkify(jax.jit(f))(...)` and then `error.throw()`, with "
     "`from jax.experimental import checkify`"
 )
