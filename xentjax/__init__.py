@@ -13,12 +13,11 @@ Targets: what the truth looks like.
 Losses of logits, one class out of many.
   softmax_cross_entropy: one loss for each example
   softmax_cross_entropy_with_stats: the same, with a SoftmaxStats
-  SoftmaxStats: log-normalizer, prediction, correctness and entropy
+  SoftmaxStats: log-normalizer, prediction, correctness, entropy, the label's log-probability
 
 Losses of the layer before the logits, for large vocabularies.
   linear_softmax_cross_entropy: the loss without the logits in memory
-  linear_softmax_cross_entropy_with_stats: the same, with a LinearStats
-  LinearStats: log-normalizer, prediction, correctness and the label's log-probability
+  linear_softmax_cross_entropy_with_stats: the same, with a SoftmaxStats
   soft_cap: a logit transform that bounds logits
   temperature: a logit transform that divides them
 
@@ -38,7 +37,9 @@ One example, one device, many devices.
   data_parallel: the same with the examples split over a mesh
   pmap_data_parallel: the same for stacked arrays, as of jax.pmap
   vocab_parallel_softmax_cross_entropy: the loss with the classes split over devices
+  vocab_parallel_softmax_cross_entropy_with_stats: the same, with a SoftmaxStats
   vocab_parallel_linear_softmax_cross_entropy: the same of the layer before the logits
+  vocab_parallel_linear_softmax_cross_entropy_with_stats: the same, with a SoftmaxStats
 
 Information, of probabilities and of logits.
   surprisal: of an outcome
@@ -50,11 +51,17 @@ Information, of probabilities and of logits.
   softmax_surprisal: of every class, from logits
   softmax_entropy: of softmax(logits)
   softmax_kl_divergence: of two softmaxes, from logits
+  softmax_js_divergence: of two softmaxes from their middle, from logits
+
+Explaining.
+  explain: every link from a prediction to its loss, as text, table and picture
+  Explanation: those links as arrays
 
 Debugging.
   value_checks: makes values that have no meaning an error: labels, masses, NaN logits
 """
 
+from xentjax._explain.explanation import Explanation, explain
 from xentjax._jax.value_checks import value_checks
 from xentjax._losses.information import (
     cross_entropy,
@@ -62,13 +69,9 @@ from xentjax._losses.information import (
     js_divergence,
     kl_divergence,
     perplexity,
-    softmax_entropy,
-    softmax_kl_divergence,
-    softmax_surprisal,
     surprisal,
 )
 from xentjax._losses.linear import (
-    LinearStats,
     linear_softmax_cross_entropy,
     linear_softmax_cross_entropy_with_stats,
 )
@@ -79,17 +82,22 @@ from xentjax._losses.sigmoid import (
     multilabel_cross_entropy,
     sigmoid_binary_cross_entropy,
 )
-from xentjax._losses.softmax import (
-    SoftmaxStats,
-    softmax_cross_entropy,
-    softmax_cross_entropy_with_stats,
+from xentjax._losses.softmax import softmax_cross_entropy, softmax_cross_entropy_with_stats
+from xentjax._losses.softmax_information import (
+    softmax_entropy,
+    softmax_js_divergence,
+    softmax_kl_divergence,
+    softmax_surprisal,
 )
+from xentjax._losses.stats import SoftmaxStats
 from xentjax._parallel.accumulation import accumulate_gradients
 from xentjax._parallel.data import data_parallel, pmap_data_parallel
 from xentjax._parallel.examples import per_example
 from xentjax._parallel.vocab import (
     vocab_parallel_linear_softmax_cross_entropy,
+    vocab_parallel_linear_softmax_cross_entropy_with_stats,
     vocab_parallel_softmax_cross_entropy,
+    vocab_parallel_softmax_cross_entropy_with_stats,
 )
 from xentjax._targets.mixing import cutmix, mixup
 from xentjax._targets.transforms import dense_targets, mix_targets, reweight_targets, smooth_labels
@@ -114,7 +122,6 @@ __all__ = [
     # The same from the layer before the logits.
     "linear_softmax_cross_entropy",
     "linear_softmax_cross_entropy_with_stats",
-    "LinearStats",
     "soft_cap",
     "temperature",
     # Yes or no, once or for each label.
@@ -131,7 +138,9 @@ __all__ = [
     "data_parallel",
     "pmap_data_parallel",
     "vocab_parallel_softmax_cross_entropy",
+    "vocab_parallel_softmax_cross_entropy_with_stats",
     "vocab_parallel_linear_softmax_cross_entropy",
+    "vocab_parallel_linear_softmax_cross_entropy_with_stats",
     # Information measures, of probabilities and of logits.
     "surprisal",
     "entropy",
@@ -142,6 +151,10 @@ __all__ = [
     "softmax_surprisal",
     "softmax_entropy",
     "softmax_kl_divergence",
+    "softmax_js_divergence",
+    # Explaining.
+    "explain",
+    "Explanation",
     # Debugging.
     "value_checks",
 ]

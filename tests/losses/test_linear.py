@@ -357,16 +357,17 @@ def test_microbatches_in_a_scan_with_checkpoints_add_to_the_whole(plan):
 
 
 def plain_stats(logits, targets):
-    """Returns (losses, LinearStats) of full logits."""
+    """Returns (losses, SoftmaxStats) of full logits."""
     dense = xentjax.dense_targets(targets, CLASSES)
     prediction = jnp.argmax(logits, -1)
     held = jnp.take_along_axis(dense, prediction[:, None], -1)[:, 0]
     log_softmax = jax.nn.log_softmax(logits)
     label = jnp.argmax(dense, -1)[:, None]
-    return plain_softmax_cross_entropy(logits, targets), xentjax.LinearStats(
+    return plain_softmax_cross_entropy(logits, targets), xentjax.SoftmaxStats(
         jax.nn.logsumexp(logits, -1),
         prediction,
         held == dense.max(-1),
+        -jnp.sum(jnp.exp(log_softmax) * log_softmax, -1),
         jnp.take_along_axis(log_softmax, label, -1)[:, 0],
     )
 
@@ -389,7 +390,7 @@ def test_stats_are_those_of_full_logits(small_plan, form):
     def with_z_loss(function):
         def total(*args):
             losses, stats = function(*args)
-            return jnp.sum(losses + 0.1 * stats.log_normalizer**2), (losses, stats)
+            return jnp.sum(losses + 0.1 * stats.log_normalizer**2 + stats.entropy**2), (losses, stats)
 
         return jit(jax.value_and_grad(total, (0, 1, 2), has_aux=True))(inputs, kernel, bias)
 

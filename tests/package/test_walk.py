@@ -49,7 +49,8 @@ def p(z):
 def of_head(x, targets, keep, **options):
     """The head under a bias, a soft cap and a mask."""
     kernel, bias = (jnp.asarray(a, x.dtype) for a in (KERNEL, BIAS))
-    options = {"logit_transform": xj.soft_cap(5.0), "where": keep} | options
+    options = {"logit_transform": xj.soft_cap(5.0), "where": keep, "z_loss": 0.1} | options
+    options |= {"class_mask": jnp.arange(CLASSES) < CLASSES + 1}
     return xj.linear_softmax_cross_entropy(x[:, :4], kernel, targets, bias=bias, **options)
 
 
@@ -59,9 +60,8 @@ def head_stats(x, targets, keep):
 
 
 def with_z_loss(losses, stats):
-    """A z-loss, and the entropy where there is one."""
-    losses = losses + stats.log_normalizer**2
-    return losses + stats.entropy if hasattr(stats, "entropy") else losses
+    """A z-loss and the entropy."""
+    return losses + stats.log_normalizer**2 + stats.entropy
 
 
 def sparse(targets):
@@ -137,7 +137,7 @@ CASES = [(name, "labels") for name in FUNCTIONS] + [
 
 def test_every_public_function_is_walked():
     names = {name for name in xj.__all__ if inspect.isfunction(getattr(xj, name))}
-    elsewhere = {"value_checks", "per_example", "accumulate_gradients"} | {
+    elsewhere = {"value_checks", "explain", "per_example", "accumulate_gradients"} | {
         name for name in names if "parallel" in name
     }
     assert {name.split(" ")[0] for name in FUNCTIONS} == names - elsewhere

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import floating_leaves, jit, plain_softmax_cross_entropy, target_forms
-from heads import vocab_parallel_loss
+from heads import linear_loss
 from jax import export
 from jax.sharding import PartitionSpec as P
 from meshes import (
@@ -19,7 +19,7 @@ from meshes import (
 import xentjax
 from xentjax._losses.linear import HeadPlan
 
-_loss = functools.partial(vocab_parallel_loss, axis_name="model")
+_loss = functools.partial(linear_loss, axis_name="model")
 _public_loss = functools.partial(
     xentjax.vocab_parallel_linear_softmax_cross_entropy, axis_name="model"
 )

@@ -14,7 +14,7 @@ from cases import (
     plain_softmax_cross_entropy,
     target_forms,
 )
-from heads import vocab_parallel_loss
+from heads import linear_loss
 from jax.sharding import PartitionSpec as P
 from meshes import make_mesh, target_specs
 
@@ -71,7 +71,7 @@ def of_inputs(plan):
 
     def losses(args, targets, where):
         inputs, kernel, bias, *cap = args
-        loss = vocab_parallel_loss(
+        loss = linear_loss(
             inputs,
             kernel,
             targets,

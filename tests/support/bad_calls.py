@@ -303,6 +303,8 @@ def linear_calls(function):
     for option, error in [
         ({"bias": jnp.ones(4)}, shape_of("bias", "(3,)", "[4]")),
         ({"bias": ints(3)}, kind_of("bias", FLOATS, "int32[3]")),
+        ({"class_mask": bools(4)}, shape_of("class_mask", "(3,)", "[4]")),
+        ({"class_mask": ints(3)}, kind_of("class_mask", "bool", "int32[3]")),
         ({"class_axis": 2}, shape_of("class_axis", "0", "2")),
         ({"where": bools(4, 3)}, shape_of("where", "(4,)", "[4, 3]")),
         ({"where": ints(4)}, kind_of("where", "bool", "int32[4]")),
@@ -329,6 +331,9 @@ def linear_options():
     yield Bad(function, args, {"reduction": "avg"}, *shape_of("reduction", '"mean"', "'avg'"))
     yield Bad(function, args, {"weights": ints(4)}, *kind_of("weights", FLOATS, "int32[4]"))
     yield Bad(function, args, {"weights": jnp.ones(1)}, *shape_of("weights", "(4,)", "[1]"))
+    for value, given in ((-1.0, "-1.0"), (math.nan, "nan"), (jnp.ones(1), "[1]")):
+        yield Bad(function, args, {"z_loss": value}, *shape_of("z_loss", "at least 0", given))
+    yield Bad(function, args, {"z_loss": "1"}, *kind_of("z_loss", "at least 0", "'1'"))
     for transform, name in [(xj.soft_cap, "cap"), (xj.temperature, "tau")]:
         for value in (0.0, -1.0, math.nan, math.inf):
             yield Bad(transform, (value,), {}, *shape_of(name, "positive number", str(value)))
@@ -364,6 +369,7 @@ HEAD = {
     "targets": LABELS,
     "bias": P[0],
     "class_axis": -1,
+    "class_mask": bools(3),
     "where": KEEP,
     "logit_transform": jnp.tanh,
     "memory_budget": 2**20,
@@ -383,7 +389,8 @@ GOOD = {
     xj.cutmix: {"key": KEY, "images": IMAGES, "image_axes": (1, 2)} | AUGMENTATION,
     xj.softmax_cross_entropy: SOFTMAX,
     xj.softmax_cross_entropy_with_stats: SOFTMAX,
-    xj.linear_softmax_cross_entropy: HEAD | {"weights": LOSSES, "reduction": "mean"},
+    xj.linear_softmax_cross_entropy: HEAD
+    | {"weights": LOSSES, "reduction": "mean", "z_loss": 1e-4},
     xj.linear_softmax_cross_entropy_with_stats: HEAD,
     xj.soft_cap: {"cap": 30.0},
     xj.temperature: {"tau": 2.0},

@@ -4,21 +4,24 @@ from xentjax._jax import mesh as meshes
 from xentjax._losses import linear
 from xentjax._losses.linear import Options
 
+ARRAYS = ("bias", "class_mask", "where", "weights", "z_loss")
 
-def linear_loss(
-    inputs, kernel, targets, *, bias=None, where=None, weights=None, reduction="mean", **options
-):
-    """Returns what `linear_softmax_cross_entropy` does, under `plan`, and with other options."""
-    arrays = linear.as_arrays(inputs, kernel, targets, bias, where, weights)
+
+def call(inputs, kernel, targets, options):
+    """Returns (the arrays of a head, its other options)."""
+    given = {name: options.pop(name, None) for name in ARRAYS}
+    if "axis_name" in options:
+        options["axes"] = meshes.axis_names(options.pop("axis_name"))
+    return linear.as_arrays(inputs, kernel, targets, **given), options
+
+
+def linear_loss(inputs, kernel, targets, *, reduction="mean", **options):
+    """Returns the loss of `linear_softmax_cross_entropy`, or on a mesh, under `plan`."""
+    arrays, options = call(inputs, kernel, targets, options)
     return linear.losses_of(arrays, Options(**options), reduction)
 
 
-def linear_loss_and_stats(inputs, kernel, targets, *, bias=None, where=None, **options):
-    """Returns what `linear_softmax_cross_entropy_with_stats` does, under `plan`."""
-    arrays = linear.as_arrays(inputs, kernel, targets, bias, where, None)
-    return linear._losses_and_stats(arrays, Options(**options, with_stats=True))
-
-
-def vocab_parallel_loss(*args, axis_name, **kwargs):
-    """Returns what `vocab_parallel_linear_softmax_cross_entropy` does, under `plan`."""
-    return linear_loss(*args, axes=meshes.axis_names(axis_name), **kwargs)
+def linear_loss_and_stats(inputs, kernel, targets, **options):
+    """Returns (losses, SoftmaxStats) of a head under `plan`."""
+    arrays, options = call(inputs, kernel, targets, options)
+    return linear.losses_and_stats(arrays, Options(**options, with_stats=True))

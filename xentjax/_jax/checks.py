@@ -103,9 +103,18 @@ def check_interval(name: str, x: Any, low: float, high: float) -> None:
 
 def as_positive(name: str, x: Any) -> jax.Array:
     """Returns a positive finite scalar as an array of floats; a traced one is not looked at."""
-    expected = f"{name}: expected a positive number"
+    return _as_scalar(name, x, "a positive number", lambda value: 0 < value < math.inf)
+
+
+def as_nonnegative(name: str, x: Any) -> jax.Array:
+    """Returns a finite scalar of at least 0 as an array of floats; a traced one is not looked at."""
+    return _as_scalar(name, x, "a number of at least 0", lambda value: 0 <= value < math.inf)
+
+
+def _as_scalar(name: str, x: Any, kind: str, is_right: Callable[[float], bool]) -> jax.Array:
+    expected = f"{name}: expected {kind}"
     x = float(x) if is_int(x) else x
-    scalar = as_array(name, x, "a positive number")
+    scalar = as_array(name, x, kind)
     check(
         jnp.issubdtype(scalar.dtype, jnp.floating) or jnp.issubdtype(scalar.dtype, jnp.integer),
         f"{expected}, got {x!r}",
@@ -113,7 +122,7 @@ def as_positive(name: str, x: Any) -> jax.Array:
     )
     check(scalar.shape == (), f"{expected}, got {describe(scalar)}")
     if not isinstance(x, Tracer):  # In a trace, the array of a number is traced.
-        check(0 < float(np.asarray(x)) < math.inf, f"{expected}, got {x}")
+        check(is_right(float(np.asarray(x))), f"{expected}, got {x}")
     return scalar if jnp.issubdtype(scalar.dtype, jnp.floating) else scalar.astype(jnp.float32)
 
 

@@ -2,6 +2,7 @@
 
 import functools
 import math
+import numbers
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ from jax.core import Tracer
 from jaxtyping import ArrayLike
 
 from xentjax._jax import checks, value_checks
+from xentjax._jax.dtypes import wide
 from xentjax._targets import mass as masses
 from xentjax._targets import types
 from xentjax._targets.mass import Mass
@@ -37,6 +39,23 @@ def jit_unless_traced(*static: str) -> Callable[[Callable[..., Any]], Callable[.
         return either
 
     return decorator
+
+
+def as_wide(name: str, x: ArrayLike) -> jax.Array:
+    """Returns probabilities, losses or other floats as an array in the dtype of the arithmetic."""
+    x = checks.as_array(name, x)
+    checks.check_floating(name, x)
+    return wide(x)
+
+
+def in_base(nats: jax.Array, base: float | None) -> jax.Array:
+    """Returns nats in units of log(base)."""
+    if base is None:
+        return nats
+    wanted = f"base: expected a positive number other than 1, got {base!r}"
+    checks.check(isinstance(base, numbers.Real), wanted, TypeError)
+    checks.check(0 < base < math.inf and base != 1, wanted)
+    return nats / math.log(base)
 
 
 def as_logits(
@@ -98,6 +117,8 @@ def as_mass(
 ) -> Mass:
     """Returns the mass of targets for logits [..., V] of a shape, in the dtype of the arithmetic.
 
+    Dense mass is on the classes of the logits, and sparse mass on those of all devices.
+
     Args:
       targets: As the user gave them.
       logits_shape: The shape of the logits, as the user gave them.
@@ -123,8 +144,12 @@ def as_mass(
     types.check_targets(targets, batch, num_classes, shape_of_hint)
     value_checks.check_labels(targets.indices, num_classes, mask)
     _check_sparse_masses(targets, mask)
-    mass = masses.mass_of(targets, num_classes, dtype, mask)
-    if not mesh_axes:
+    return masses.mass_of(targets, num_classes, dtype, mask)
+
+
+def on_shard(mass: Mass, size: int, mesh_axes: tuple[Hashable, ...]) -> Mass:
+    """Returns the mass on the `size` classes of this device; dense mass is on them already."""
+    if not mesh_axes or isinstance(mass, masses.DenseMass):
         return mass
     return mass.block(jax.lax.axis_index(mesh_axes) * size, size)
 

@@ -8,37 +8,21 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Bool, Float, Int
+from jaxtyping import Array, ArrayLike, Float
 
 from xentjax._jax import checks, value_checks
 from xentjax._jax import mesh as meshes
 from xentjax._jax.dtypes import wide_dtype
 from xentjax._jax.rule import apply
-from xentjax._losses import arguments
+from xentjax._losses import arguments, stats
 from xentjax._losses.logit_transform import LogitTransform, converted
+from xentjax._losses.stats import SoftmaxStats
 from xentjax._softmax.cross_entropy import masked
 from xentjax._softmax.head_blocks import Head, HeadPlan, Params
-from xentjax._softmax.head_kept import HeadTotal
+from xentjax._softmax.head_kept import Coefficients, HeadTotal
 from xentjax._softmax.head_recomputed import HeadLosses
-from xentjax._targets.mass import times
+from xentjax._targets.mass import DenseMass, Mass, map_examples, times
 from xentjax._targets.types import Targets
-
-
-class LinearStats(NamedTuple):
-    """What the fused head knows beside the loss; each of the loss's shape.
-
-    Attributes:
-      log_normalizer: lse(z) = log Σ_v exp(z_v), in nats; differentiable.
-      prediction: The class of the largest logit (the first of several), int32.
-      correct: Whether the prediction is a class of the heaviest target mass.
-      label_log_probability: log softmax(z) at the heaviest target class, which is the label where
-        there is one; in nats; not differentiable (the loss is).
-    """
-
-    log_normalizer: Float[Array, "*batch"]
-    prediction: Int[Array, "*batch"]
-    correct: Bool[Array, "*batch"]
-    label_log_probability: Float[Array, "*batch"]
 
 
 def linear_softmax_cross_entropy(
@@ -48,21 +32,24 @@ def linear_softmax_cross_entropy(
     *,
     bias: ArrayLike | None = None,
     class_axis: int = -1,
+    class_mask: ArrayLike | None = None,
     where: ArrayLike | None = None,
     weights: ArrayLike | None = None,
     reduction: Literal["mean", "sum", "none"] = "mean",
+    z_loss: ArrayLike | None = None,
     logit_transform: LogitTransform | None = None,
     memory_budget: int | None = None,
 ) -> Float[Array, "*batch"]:
     """Cross-entropy of the logits inputs @ kernel + bias, which are never all in memory.
 
-    loss = Σ_v t_v · (lse(z) − z_v),   z = logit_transform(inputs @ kernel + bias)
+    loss = Σ_v t_v · (lse(z) − z_v) + z_loss · lse(z)²,   z = logit_transform(inputs @ kernel + bias)
 
     Equal to `softmax_cross_entropy` of those logits, and differentiable as often, with the logits
     made and used block by block. bfloat16 and float16 operands are multiplied as they are and
     summed in float32, forward and backward. For a mean or sum, gradients to inputs, kernel and bias
     are made in the forward pass (three matmuls in all) if the memory budget allows; otherwise
-    logits are made again in the backward pass (four).
+    logits are made again in the backward pass (four). Tokens masked by `where` take no time, but
+    for those that fill the last chunk, unless targets are dense.
 
     Args:
       inputs: The features of each token, float[..., D].
@@ -71,10 +58,15 @@ def linear_softmax_cross_entropy(
       targets: Labels int[...], dense float[..., V], or SparseTargets, of the batch of inputs.
       bias: float[V].
       class_axis: The axis of the kernel that counts classes: 0, or 1 or −1.
+      class_mask: The classes that there are, bool[V], such as those before the padding of a
+        vocabulary. The others have probability 0 whatever the logit transform is; mass on them is
+        loss +inf, and `reweight_targets(targets, class_mask.astype(float))` takes it away. With no
+        class left, loss and gradient are 0.
       where: Tokens to keep, bool[...]; the others have loss and gradient 0.
       weights: Of each token's loss, float[...].
       reduction: "mean" is Σ w · loss / Σ w over the tokens kept (0 if there are none), "sum" is
         Σ w · loss, "none" is w · loss for each token.
+      z_loss: A scalar, 1e-4 for one; it may be traced and differentiated. None is 0.
       logit_transform: An elementwise function of the logits, such as `soft_cap(30.0)`; what it
         closes over is differentiated too.
       memory_budget: Bytes for temporaries beside the gradients, which less may exceed by the
@@ -85,8 +77,8 @@ def linear_softmax_cross_entropy(
       A scalar, or losses float[...] without reduction; nats, float32 (float64 for float64).
 
     Raises:
-      TypeError: An array is not floating-point, where is not bool, class_axis or memory_budget is
-        not an int, or logit_transform is no function of an array.
+      TypeError: An array is not floating-point, where or class_mask is not bool, class_axis or
+        memory_budget is not an int, or logit_transform is no function of an array.
       ValueError: Shapes do not fit, or an option is none of those above.
 
     Example:
@@ -99,9 +91,10 @@ def linear_softmax_cross_entropy(
       0.6691 0.6691
 
     Source:
-      Wijmans et al., Cut Your Losses in Large-Vocabulary Language Models, 2025, section 4.
+      Wijmans et al., Cut Your Losses in Large-Vocabulary Language Models, 2025, section 4; z-loss:
+      Chowdhery et al., PaLM, 2022, section 5.
     """
-    arrays = as_arrays(inputs, kernel, targets, bias, where, weights)
+    arrays = as_arrays(inputs, kernel, targets, bias, class_mask, where, weights, z_loss)
     options = Options(class_axis, logit_transform, memory_budget)
     last = arrays.inputs.ndim - 1
     reduced = (last,) if reduction == "none" else range(last + 1)
@@ -116,10 +109,11 @@ def linear_softmax_cross_entropy_with_stats(
     *,
     bias: ArrayLike | None = None,
     class_axis: int = -1,
+    class_mask: ArrayLike | None = None,
     where: ArrayLike | None = None,
     logit_transform: LogitTransform | None = None,
     memory_budget: int | None = None,
-) -> tuple[Float[Array, "*batch"], LinearStats]:
+) -> tuple[Float[Array, "*batch"], SoftmaxStats]:
     """`linear_softmax_cross_entropy`, one loss per token, and what the logits told on the way.
 
     loss = Σ_v t_v · (lse(z) − z_v);   a z-loss is loss + c · log_normalizer²
@@ -130,12 +124,13 @@ def linear_softmax_cross_entropy_with_stats(
       targets: Labels int[...], dense float[..., V], or SparseTargets, of the batch of inputs.
       bias: float[V].
       class_axis: The axis of the kernel that counts classes: 0, or 1 or −1.
+      class_mask: The classes that there are, bool[V].
       where: Tokens to keep, bool[...]; of the others everything is 0.
       logit_transform: An elementwise function of the logits.
       memory_budget: Bytes for temporaries beside the gradients; None takes half a GiB.
 
     Returns:
-      (losses, LinearStats), each of the batch's shape.
+      (losses, SoftmaxStats), each of the batch's shape.
 
     Raises:
       TypeError, ValueError: As `linear_softmax_cross_entropy`.
@@ -152,9 +147,9 @@ def linear_softmax_cross_entropy_with_stats(
     Source:
       Wijmans et al., Cut Your Losses in Large-Vocabulary Language Models, 2025, section 4.
     """
-    arrays = as_arrays(inputs, kernel, targets, bias, where, None)
+    arrays = as_arrays(inputs, kernel, targets, bias, class_mask, where)
     options = Options(class_axis, logit_transform, memory_budget, with_stats=True)
-    run = functools.partial(_losses_and_stats, options=options)
+    run = functools.partial(losses_and_stats, options=options)
     last = arrays.inputs.ndim - 1
     return meshes.on_automatic_axes(run, arrays.inputs, (last,), arrays)(arrays)
 
@@ -164,13 +159,50 @@ class Call(NamedTuple):
 
     Attributes:
       head: The static side.
-      args: inputs [N, D], Params, mass, and the mask of tokens [N] or None.
-      weights: Of each token's loss, [N].
+      tokens: The arrays [N, ...], in the order in which they are read.
+      params: The arrays that tokens share.
+      order: The place that each token read has in the batch, int32[N]; None: its own.
+      whole_mass: The mass [...], of all devices' classes where it is sparse.
     """
 
     head: Head
-    args: tuple[Any, ...]
+    tokens: "Tokens"
+    params: Params
+    order: jax.Array | None
+    whole_mass: Mass
+
+    def losses(self) -> tuple[jax.Array, ...]:
+        """Returns the arrays of `HeadLosses`, in the order of the batch."""
+        inputs, mass, mask, _, labels = self.tokens
+        out = apply(HeadLosses(self.head), inputs, self.params, mass, mask, labels)
+        return tuple(map(self.in_batch, out))
+
+    def in_batch(self, x: jax.Array) -> jax.Array:
+        """Returns an array of tokens read, [N], in the order of the batch."""
+        return x if self.order is None else x.at[self.order].set(x, unique_indices=True)
+
+    def total(self, coefficients: Coefficients) -> jax.Array:
+        """Returns the total of losses and of squared log-normalizers."""
+        inputs, mass, mask, *_ = self.tokens
+        return apply(HeadTotal(self.head), inputs, self.params, mass, mask, coefficients)
+
+
+class Tokens(NamedTuple):
+    """The arrays that tokens have of their own.
+
+    Attributes:
+      inputs: [N, D].
+      mass: On this device's classes.
+      mask: The tokens kept, bool[N], or None.
+      weights: Of their losses, [N].
+      labels: The heaviest class of each, counted from this device's first, or None.
+    """
+
+    inputs: jax.Array
+    mass: Mass
+    mask: jax.Array | None
     weights: jax.Array
+    labels: jax.Array | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -201,59 +233,120 @@ class Arrays(NamedTuple):
     kernel: Any
     targets: Any
     bias: Any
+    class_mask: Any
     where: Any
     weights: Any
+    z_loss: Any
 
 
-def as_arrays(*given: Any) -> Arrays:
+def as_arrays(
+    inputs: Any,
+    kernel: Any,
+    targets: Any,
+    bias: Any,
+    class_mask: Any,
+    where: Any,
+    weights: Any = None,
+    z_loss: Any = None,
+) -> Arrays:
     """Returns the arguments as arrays, of the right dtypes."""
-    inputs, kernel, targets, bias, where, weights = given
 
     def floating(name, x):
         x = checks.as_array(name, x)
         checks.check_floating(name, x)
         return x
 
-    inputs, kernel = floating("inputs", inputs), floating("kernel", kernel)
-    targets = arguments.as_arrays(targets)
-    bias = None if bias is None else floating("bias", bias)
-    if where is not None:
-        where = checks.as_array("where", where, "a bool array")
-        checks.check_bool("where", where)
-    weights = None if weights is None else floating("weights", weights)
-    return Arrays(inputs, kernel, targets, bias, where, weights)
+    def boolean(name, x):
+        x = checks.as_array(name, x, "a bool array")
+        checks.check_bool(name, x)
+        return x
+
+    def optional(convert, name, x):
+        return None if x is None else convert(name, x)
+
+    return Arrays(
+        floating("inputs", inputs),
+        floating("kernel", kernel),
+        arguments.as_arrays(targets),
+        optional(floating, "bias", bias),
+        optional(boolean, "class_mask", class_mask),
+        optional(boolean, "where", where),
+        optional(floating, "weights", weights),
+        optional(checks.as_nonnegative, "z_loss", z_loss),
+    )
 
 
 def prepare(arrays: Arrays, options: Options) -> Call:
     """Checks shapes and options, all at trace time, and returns the Call that they make."""
-    inputs, kernel, targets, bias, where, weights = arrays
+    inputs, kernel, targets, bias, class_mask, where, weights, _ = arrays
     class_axis, (batch, num_classes) = _checked_shapes(inputs, kernel, options.class_axis)
-    if bias is not None:
-        checks.check_shape("bias", bias, (num_classes,), "the classes of kernel")
+    for name, x in (("bias", bias), ("class_mask", class_mask)):
+        if x is not None:
+            checks.check_shape(name, x, (num_classes,), "the classes of kernel")
     for name, x in (("where", where), ("weights", weights)):
         if x is not None:
             checks.check_shape(name, x, batch, "the batch of inputs")
     dtype = wide_dtype(inputs.dtype, kernel.dtype)
     _check_values(inputs, kernel, bias, where, weights)
-    mass = arguments.as_mass(targets, (*batch, num_classes), dtype, where, mesh_axes=options.axes)
-    num_tokens, features = math.prod(batch), inputs.shape[-1]
-    mass = mass.map_examples(lambda x: x.reshape(num_tokens, *x.shape[len(batch) :]))
-    mask = None if where is None else where.reshape(num_tokens)
-    inputs = masked(inputs.reshape(num_tokens, features), mask)
+    mask = _mask_of_tokens(where, class_mask, batch, options.axes)
+    shape = (*batch, num_classes)
+    whole_mass = arguments.as_mass(targets, shape, dtype, mask, mesh_axes=options.axes)
+    mass = arguments.on_shard(whole_mass, num_classes, options.axes)
+    labels = _labels_on_shard(whole_mass, num_classes, options) if options.with_stats else None
     w = jnp.ones(batch, dtype) if weights is None else weights.astype(dtype)
-    w = masked(w.reshape(num_tokens), mask)
+    tokens = Tokens(masked(inputs, mask), mass, mask, masked(w, mask), labels)
+    num_tokens, features = math.prod(batch), inputs.shape[-1]
+    tokens = map_examples(lambda x: x.reshape(num_tokens, *x.shape[len(batch) :]), tokens)
 
     # In a shard_map, arrays that meet in a loop must vary over the same devices.
-    of_logits = inputs, kernel, bias, mass
-    over = meshes.varying_axes((of_logits, mask, w))
+    over = meshes.varying_axes((tokens, kernel, bias, class_mask))
     transform, constants, over = converted(options.logit_transform, dtype, over)
-    inputs, kernel, bias, mass = meshes.varying(of_logits, over)
-    w = meshes.varying(w, over.difference(options.axes))
-    shards = jax.lax.axis_size(options.axes) if options.axes else 1
-    sizes = (num_tokens, features, num_classes)
-    plan = options.plan or make_plan(sizes, dtype.itemsize, options.memory_budget, shards)
+    params = Params(*meshes.varying((kernel, bias, class_mask), over), constants)
+    plan = options.plan or make_plan(
+        (num_tokens, features, num_classes),
+        dtype.itemsize,
+        options.memory_budget,
+        jax.lax.axis_size(options.axes) if options.axes else 1,
+    )
+    order = _order(where, tokens, plan)
+    if order is not None:
+        tokens = map_examples(lambda x: x.at[order].get(unique_indices=True), tokens)
+    inputs, mass, mask, w, labels = tokens
+    shared = meshes.varying((mask, w), over.difference(options.axes))
+    tokens = Tokens(*meshes.varying((inputs, mass), over), *shared, meshes.varying(labels, over))
     head = Head(class_axis, transform, plan, options.axes, options.with_stats)
-    return Call(head, (inputs, Params(kernel, bias, constants), mass, mask), w)
+    return Call(head, tokens, params, order, whole_mass)
+
+
+def _mask_of_tokens(where, class_mask, batch, axes):
+    """Returns the tokens kept, bool[...], or None: none is where no class is left."""
+    if class_mask is None:
+        return where
+    is_left = class_mask.any()
+    if axes:
+        is_left = jax.lax.pmax(is_left.astype(jnp.int32), axes) > 0
+    is_left = jnp.broadcast_to(is_left, batch)
+    return is_left if where is None else where & is_left
+
+
+def _labels_on_shard(mass, num_classes, options):
+    """Returns the heaviest class of each token, counted from the first on this device."""
+    labels = stats.heaviest(mass, options.axes)
+    if not options.axes:
+        return labels
+    return labels - (jax.lax.axis_index(options.axes) * num_classes).astype(jnp.int32)
+
+
+def _order(where, tokens, plan):
+    """Returns an order of tokens with those kept first, so that chunks of the others are left out.
+
+    None keeps the order: where one chunk has all tokens, and where dense mass would be copied.
+    """
+    num_tokens = tokens.inputs.shape[0]
+    is_one_chunk = plan.tokens is num_tokens or plan.tokens >= num_tokens
+    if where is None or is_one_chunk or isinstance(tokens.mass, DenseMass):
+        return None
+    return jnp.argsort(~tokens.mask, stable=True).astype(jnp.int32)
 
 
 def _check_values(inputs, kernel, bias, where, weights):
@@ -296,29 +389,38 @@ def losses_of(arrays: Arrays, options: Options, reduction: str) -> Float[Array, 
         f'reduction: expected "mean", "sum" or "none", got {reduction!r}',
     )
     call = prepare(arrays, options)
+    weights, z_loss = call.tokens.weights, arrays.z_loss
+    z_loss = None if z_loss is None else z_loss.astype(weights.dtype)
     if reduction == "none":
-        losses, _ = apply(HeadLosses(call.head), *call.args)
-        return times(call.weights, losses).reshape(arrays.inputs.shape[:-1])
-    weights = call.weights
+        losses, log_normalizers = call.losses()
+        if z_loss is not None:
+            losses = losses + z_loss * log_normalizers**2
+        return times(call.in_batch(weights), losses).reshape(arrays.inputs.shape[:-1])
     if reduction == "mean":
         weight = weights.sum()
         weights = weights * jnp.where(weight == 0, 0, 1 / jnp.where(weight == 0, 1, weight))
-    return apply(HeadTotal(call.head), *call.args, weights)
+    return call.total(Coefficients(weights, None if z_loss is None else z_loss * weights))
 
 
-def _losses_and_stats(arrays, options):
+def losses_and_stats(
+    arrays: Arrays, options: Options
+) -> tuple[Float[Array, "*batch"], SoftmaxStats]:
+    """Returns (losses, SoftmaxStats) of a head."""
     call = prepare(arrays, options)
-    mass, mask = call.args[2:]
-    losses, log_normalizer, prediction, surprisal = apply(HeadLosses(call.head), *call.args)
+    batch = arrays.inputs.shape[:-1]
+    losses, log_normalizer, entropy, prediction, surprisal = (
+        x.reshape(batch) for x in call.losses()
+    )
     prediction = prediction.astype(jnp.int32)
-    stats = LinearStats(
+    told = SoftmaxStats(
         log_normalizer,
         prediction,
-        mass.is_heaviest(prediction),
-        jnp.where(jnp.isnan(losses), losses, -surprisal),
+        stats.is_heaviest(call.whole_mass, prediction, options.axes),
+        entropy,
+        stats.known_log_probability(losses, surprisal),
     )
-    batch = arrays.inputs.shape[:-1]
-    return jax.tree.map(lambda x: x.reshape(batch), (losses, masked(stats, mask)))
+    mask = _mask_of_tokens(arrays.where, arrays.class_mask, batch, options.axes)
+    return losses, masked(told, mask)
 
 
 def make_plan(

@@ -1,36 +1,21 @@
 """Cross-entropy from logits, for one class out of many."""
 
 import functools
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Hashable, Sequence
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Bool, Float, Int
+from jaxtyping import Array, ArrayLike, Float
 
 from xentjax._jax import checks
 from xentjax._jax import mesh as meshes
-from xentjax._jax.dtypes import wide_dtype
+from xentjax._jax.dtypes import wide, wide_dtype
 from xentjax._jax.rule import apply
-from xentjax._losses import arguments
+from xentjax._losses import arguments, stats
+from xentjax._losses.stats import SoftmaxStats
 from xentjax._softmax.cross_entropy import CrossEntropy, Entropy, masked
+from xentjax._targets.mass import Mass
 from xentjax._targets.types import Targets
-
-
-class SoftmaxStats(NamedTuple):
-    """What a softmax cross-entropy knows beside the loss; each of the loss's shape.
-
-    Attributes:
-      log_normalizer: lse(z) = log Σ_v exp(z_v), in nats; differentiable.
-      prediction: The class of the largest logit (the first of several), int32.
-      correct: Whether the prediction is a class of the heaviest target mass.
-      entropy: Entropy of softmax(z), in nats; differentiable.
-    """
-
-    log_normalizer: Float[Array, "*batch"]
-    prediction: Int[Array, "*batch"]
-    correct: Bool[Array, "*batch"]
-    entropy: Float[Array, "*batch"]
 
 
 def softmax_cross_entropy(
@@ -94,8 +79,8 @@ def softmax_cross_entropy_with_stats(
       logits: z, float[..., V].
       targets: As in `softmax_cross_entropy`.
       axis: The class axis, or several.
-      where: As in `softmax_cross_entropy`; the log-normalizer, entropy and correctness of an
-        example that is masked out are 0 too.
+      where: As in `softmax_cross_entropy`; of an example that is masked out, or that has no class
+        left, every statistic is 0 too.
 
     Returns:
       (losses, SoftmaxStats), all of the logits' shape without `axis`.
@@ -125,29 +110,62 @@ def _call(function, logits, targets, axis, where):
     return meshes.on_automatic_axes(function, logits, axes, targets, where)(logits, targets, where)
 
 
-def _cross_entropy(logits, targets, where, axes):
-    """Returns (loss, lse), logits [..., V], mass and the mask of examples."""
+def _prepared(logits, targets, where, axes):
+    """Returns logits [..., V], mass and the mask of examples."""
     z, mask = arguments.masked_logits(logits, where, axes)
     mass = arguments.as_mass(targets, logits.shape, wide_dtype(z.dtype), mask, axes=axes)
     # In a shard_map, all that may be differentiated varies over the same devices.
     z, mass = meshes.varying((z, mass), meshes.varying_axes((z, mass, mask)))
-    return apply(CrossEntropy(), z, mass, mask), z, mass, mask
+    return z, mass, mask
 
 
 @arguments.jit_unless_traced("axes")
 def _losses(logits, targets, where, axes):
-    (losses, _), *_ = _cross_entropy(logits, targets, where, axes)
-    return losses
+    return apply(CrossEntropy(), *_prepared(logits, targets, where, axes))[0]
 
 
 @arguments.jit_unless_traced("axes")
 def _losses_and_stats(logits, targets, where, axes):
-    (losses, log_normalizer), z, mass, mask = _cross_entropy(logits, targets, where, axes)
+    z, mass, mask = _prepared(logits, targets, where, axes)
+    return losses_and_stats(z, mass, mask, mass.heaviest(), mass.is_heaviest)
+
+
+def losses_and_stats(
+    logits: jax.Array,
+    mass: Mass,
+    mask: jax.Array | None,
+    label: jax.Array,
+    is_correct: Callable[[jax.Array], jax.Array],
+    mesh_axes: tuple[Hashable, ...] = (),
+) -> tuple[jax.Array, SoftmaxStats]:
+    """Returns (losses, SoftmaxStats) of logits [..., V], of a shard's classes along mesh axes.
+
+    Args:
+      logits: z, [..., V].
+      mass: On the classes of the logits.
+      mask: Of examples, or None.
+      label: The heaviest class of all, int32[...].
+      is_correct: Whether no class is heavier than the one given for each example.
+      mesh_axes: Axes that the classes are split over.
+    """
+    rule = CrossEntropy(mesh_axes, with_stats=True)
+    losses, log_normalizer, entropy, largest, of_leader = apply(rule, logits, mass, mask)
+    z = wide(jax.lax.stop_gradient(logits))
     prediction = jnp.argmax(z, axis=-1).astype(jnp.int32)
-    correct = mass.is_heaviest(prediction)
-    entropy = entropies(z, mask)
-    prediction, correct = masked((prediction, correct), mask)
-    return losses, SoftmaxStats(log_normalizer, prediction, correct, entropy)
+    if mesh_axes:
+        leads = z.max(-1) == largest
+        prediction = stats.first(leads, prediction, z.shape[-1], mesh_axes)
+    surprisal = (largest - stats.at_class_of_all(z, label, mesh_axes)) + of_leader
+    return losses, masked(
+        SoftmaxStats(
+            log_normalizer,
+            prediction,
+            is_correct(prediction),
+            entropy,
+            stats.known_log_probability(losses, surprisal),
+        ),
+        mask,
+    )
 
 
 def entropies(logits: jax.Array, mask: jax.Array | None) -> jax.Array:

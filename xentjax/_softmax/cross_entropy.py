@@ -15,32 +15,48 @@ from xentjax._targets.mass import Mass, times
 
 @dataclasses.dataclass(frozen=True)
 class CrossEntropy(Rule):
-    """(logits [..., V], mass, mask or None) -> (loss, lse), [...].
+    """(logits [..., V], mass, mask or None) -> arrays [...].
+
+    They are losses and log-normalizers; then, if stats are asked for, entropies, and the largest
+    logits and their surprisals, which have no derivative.
 
     Attributes:
       axes: Mesh axes that the classes are split over.
+      with_stats: Whether stats are asked for.
     """
 
     axes: tuple[Hashable, ...] = ()
+    with_stats: bool = False
 
     def reference(self, logits, mass, mask):
         if mask is not None:
             logits = jnp.where(mask[..., None], logits, jnp.zeros_like(logits))
-        return masked(reference.cross_entropy(logits, mass, self.axes), mask)
+        out = reference.cross_entropy(logits, mass, self.axes)
+        if self.with_stats:
+            nothing = jnp.zeros_like(out[0])
+            out = *out, reference.entropy(logits, self.axes), nothing, nothing
+        return masked(out, mask)
 
     def forward(self, backend, needs_grad, logits, mass, mask):
         with_gradient = any(jax.tree.leaves(needs_grad))
         whole = plan.summarise(logits, mass, with_gradient, backend)
+        if self.with_stats:
+            whole = partial.with_entropy(whole, logits)
         if self.axes:
             whole = partial.merge_over(whole, self.axes)
-        return masked((whole.loss, whole.log_normalizer), mask), whole
+        out = whole.loss, whole.log_normalizer
+        if self.with_stats:
+            out = *out, whole.entropy, partial.finite(whole.max_logit), jnp.log1p(whole.rest)
+        return masked(out, mask), whole
 
     def backward(self, backend, needs_grad, args, summary, cotangents):
         (logits, mass, mask), whole = args, summary
-        of_loss, of_lse = masked(cotangents, mask)
+        of_loss, of_lse, *of_stats = masked(cotangents, mask)
         of_logits, of_mass = logits, mass
         if needs_grad[0]:
             of_logits = plan.gradient(whole, logits, mass, of_loss, of_lse, backend)
+            if self.with_stats:
+                of_logits = of_logits + partial.entropy_gradient(whole, logits, of_stats[0])
             of_logits = masked(of_logits, mask)
         if any(jax.tree.leaves(needs_grad[1])):
             of_mass = mass_cotangent(whole, logits, mass, of_loss)

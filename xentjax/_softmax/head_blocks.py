@@ -1,7 +1,6 @@
 """What both ways of the fused head are made of: logits of a block, and their pull-back."""
 
 import dataclasses
-import functools
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
@@ -12,6 +11,7 @@ from xentjax._jax import mesh as meshes
 from xentjax._jax.dtypes import wide, wide_dtype
 from xentjax._jax.rule import Backend
 from xentjax._softmax import partial, plan
+from xentjax._softmax import reference as plain
 from xentjax._softmax.partial import PartialSoftmax
 from xentjax._targets.mass import Mass, is_class, map_examples
 
@@ -39,7 +39,7 @@ class Head:
       transform: (raw logits, *constants) -> logits, elementwise.
       plan: How much of it is in memory at once.
       axes: Mesh axes that the classes are split over.
-      with_stats: Whether predictions and the labels' surprisals are asked for.
+      with_stats: Whether entropies, predictions and the labels' surprisals are asked for.
     """
 
     class_axis: int
@@ -50,10 +50,18 @@ class Head:
 
 
 class Params(NamedTuple):
-    """The arrays of a head: kernel, bias or None, and the constants of the logit transform."""
+    """The arrays of a head, and trees like it.
+
+    Attributes:
+      kernel: [D, V], or [V, D].
+      bias: [V], or None.
+      class_mask: bool[V], or None: the classes that there are.
+      constants: Those of the logit transform.
+    """
 
     kernel: Any
     bias: Any
+    class_mask: Any
     constants: Any
 
 
@@ -70,32 +78,28 @@ def raw_logits(head: Head, inputs: jax.Array, params: Params) -> jax.Array:
 
 def logits_of(head: Head, inputs: jax.Array, params: Params) -> jax.Array:
     """Returns the logits of some tokens and classes."""
-    return transformed(head, raw_logits(head, inputs, params), params.constants)
+    return transformed(head, raw_logits(head, inputs, params), params)
 
 
-def transformed(head: Head, raw: jax.Array, constants: Sequence[jax.Array]) -> jax.Array:
-    """Returns the logits of raw ones: a class that is ruled out, by −inf, stays ruled out.
+def transformed(head: Head, raw: jax.Array, params: Params) -> jax.Array:
+    """Returns the logits of raw ones: a class that is ruled out has −inf.
 
-    No derivative is taken at −inf, where that of z / tau to tau would be infinite.
+    A class is ruled out by the class mask, or by a raw logit of −inf. No derivative is taken there:
+    that of z / tau to tau would be infinite.
     """
-    if head.transform is identity:
+    is_out = None if head.transform is identity else raw == -jnp.inf
+    if params.class_mask is not None:
+        is_masked = ~params.class_mask[None]
+        is_out = jnp.broadcast_to(is_masked, raw.shape) if is_out is None else is_out | is_masked
+    if is_out is None:
         return raw
-    is_out = raw == -jnp.inf
-    logits = head.transform(jnp.where(is_out, jnp.zeros_like(raw), raw), *constants)
+    logits = head.transform(jnp.where(is_out, jnp.zeros_like(raw), raw), *params.constants)
     return jnp.where(is_out, jnp.full_like(logits, -jnp.inf), logits)
 
 
 def identity(logits: jax.Array) -> jax.Array:
     """Returns the logits as they are: the transform of a head that has none."""
     return logits
-
-
-def summary_of_block(
-    head: Head, raw: jax.Array, params: Params, mass: Mass, with_gradient: bool, backend: Backend
-) -> PartialSoftmax:
-    """Returns the PartialSoftmax of a block's raw logits."""
-    logits = transformed(head, raw, params.constants)
-    return plan.summarise(logits, mass, with_gradient, backend)
 
 
 def over_devices(head: Head, part: PartialSoftmax) -> PartialSoftmax:
@@ -110,11 +114,21 @@ class TokenGradient(NamedTuple):
       whole: The PartialSoftmax of all classes.
       loss_cotangent: [N].
       lse_cotangent: [N].
+      entropy_cotangent: [N], or None.
     """
 
     whole: PartialSoftmax
     loss_cotangent: jax.Array
     lse_cotangent: jax.Array
+    entropy_cotangent: jax.Array | None = None
+
+    def of_logits(self, logits: jax.Array, mass: Mass, backend: Backend) -> jax.Array:
+        """Returns the cotangent of the logits of some classes, under the mass on them."""
+        cotangents = self.loss_cotangent, self.lse_cotangent
+        entries = plan.gradient(self.whole, logits, mass, *cotangents, backend)
+        if self.entropy_cotangent is None:
+            return entries
+        return entries + partial.entropy_gradient(self.whole, logits, self.entropy_cotangent)
 
 
 def pull_back(
@@ -132,11 +146,12 @@ def pull_back(
     `raw` are the block's logits before the transform; `params` and `mass` are those of the block.
     """
     needs_inputs, needs_params = needs_grad[:2]
-    transform = functools.partial(transformed, head)
-    logits, transpose = jax.vjp(transform, raw, params.constants)
-    raw_cotangent, constants = transpose(
-        plan.gradient(tokens.whole, logits, mass, *tokens[1:], backend)
-    )
+
+    def logits_of_raw(raw, constants):
+        return transformed(head, raw, params._replace(constants=constants))
+
+    logits, transpose = jax.vjp(logits_of_raw, raw, params.constants)
+    raw_cotangent, constants = transpose(tokens.of_logits(logits, mass, backend))
     dtype = jnp.promote_types(inputs.dtype, params.kernel.dtype)
     operand = raw_cotangent.astype(dtype)
     pair = (operand, inputs) if head.class_axis == 0 else (inputs, operand)
@@ -145,6 +160,7 @@ def pull_back(
     return dx, Params(
         kernel=_dot(*pair, 0, 0) if needs_params.kernel else None,
         bias=raw_cotangent.sum(0) if needs_params.bias else None,
+        class_mask=None,
         constants=[c if needs else None for c, needs in needed],
     )
 
@@ -160,11 +176,17 @@ def _dot(a, b, a_axis, b_axis):
 
 def classes_of(head: Head, params: Params, start: Any, size: int) -> Params:
     """Returns the params of the classes [start, start + size)."""
-    kernel, bias = params.kernel, params.bias
-    if size < kernel.shape[head.class_axis]:
-        kernel = _slice_unconverted(kernel, start, size, head.class_axis)
-        bias = bias if bias is None else jax.lax.dynamic_slice_in_dim(bias, start, size, 0)
-    return Params(kernel, bias, params.constants)
+    if size == num_classes_of(head, params):
+        return params
+
+    def cut(x):
+        return None if x is None else jax.lax.dynamic_slice_in_dim(x, start, size, 0)
+
+    return params._replace(
+        kernel=_slice_unconverted(params.kernel, start, size, head.class_axis),
+        bias=cut(params.bias),
+        class_mask=cut(params.class_mask),
+    )
 
 
 def _slice_unconverted(x, start, size, axis):
@@ -190,11 +212,18 @@ def tokens_of(tree: Any, first: Any, length: int) -> Any:
     return map_examples(cut, tree)
 
 
-def for_each(size: int, chunk: int, body: Callable[[Any, int, Any], Any], carry: Any) -> Any:
+def for_each(
+    size: int,
+    chunk: int,
+    body: Callable[[Any, int, Any], Any],
+    carry: Any,
+    end: jax.Array | None = None,
+) -> Any:
     """Returns carry after carry = body(start, length, carry) along [0, size), `chunk` at a time.
 
     A shorter piece is a body of its own: nothing is padded, so nothing has to be masked. It is the
     first, because XLA would copy the arrays that a loop leaves behind before it changes them again.
+    Pieces that start at `end` or after it may be left out, where nothing is differentiated.
     """
     if chunk is size:  # All at once; the size may be known by name alone.
         count, remainder = 1, 0
@@ -204,12 +233,25 @@ def for_each(size: int, chunk: int, body: Callable[[Any, int, Any], Any], carry:
         count, remainder = divmod(size, chunk)
     if remainder:
         carry = body(0, remainder, carry)
+    if end is not None and count > 1:
+        rounds = jnp.clip(-((remainder - end) // chunk), 0, count)
+        return jax.lax.fori_loop(
+            0, rounds, lambda i, carry: body(remainder + i * chunk, chunk, carry), carry
+        )
     full = jax.checkpoint(lambda carry, start: (body(start, chunk, carry), None))
     if count == 1:
         carry, _ = full(carry, remainder)
     elif count > 1:
         carry, _ = jax.lax.scan(full, carry, remainder + jnp.arange(count, dtype=jnp.int32) * chunk)
     return carry
+
+
+def end_of(mask: jax.Array | None) -> jax.Array | None:
+    """Returns the place after the last token kept, int32; None where there is no mask."""
+    if mask is None:
+        return None
+    places = jnp.arange(1, mask.shape[0] + 1, dtype=jnp.int32)
+    return jnp.max(jnp.where(mask, places, jnp.zeros_like(places)), initial=0)
 
 
 def put(tree: Any, parts: Any, start: Any, axis: int = 0) -> Any:
@@ -249,13 +291,11 @@ def arithmetic_dtype(inputs: jax.Array, params: Params) -> jnp.dtype:
     return wide_dtype(inputs.dtype, params.kernel.dtype)
 
 
-def reference(
-    head: Head, inputs: jax.Array, params: Params, mass: Mass
-) -> tuple[jax.Array, jax.Array]:
-    """Returns (loss, lse) of every token, by `reference.cross_entropy` block by block.
+def reference(head: Head, inputs: jax.Array, params: Params, mass: Mass) -> tuple[jax.Array, ...]:
+    """Returns (loss, lse) of every token, and the entropy if stats are asked for.
 
-    The class of the leader is a constant to derivatives. Once it is known, the loss is made of sums
-    over classes, and these add over blocks.
+    It is `reference.cross_entropy`, block by block. The class of the leader is a constant to
+    derivatives. Once it is known, all is made of sums over classes, and these add over blocks.
     """
 
     def of_tokens(first, length, sums):
@@ -263,13 +303,17 @@ def reference(
         return put(sums, _sums_of_reference(head, x, params, t), first)
 
     nothing = zeros(inputs.shape[:1], arithmetic_dtype(inputs, params), inputs)
-    sums = for_each(inputs.shape[0], head.plan.tokens, of_tokens, (nothing,) * 4)
-    z_a, rest, excess, total = jax.lax.psum(sums, head.axes) if head.axes else sums
-    return excess + total * jnp.log1p(rest), z_a + jnp.log1p(rest)
+    sums = for_each(inputs.shape[0], head.plan.tokens, of_tokens, (nothing,) * 5)
+    z_a, rest, excess, gaps, total = jax.lax.psum(sums, head.axes) if head.axes else sums
+    out = excess + total * jnp.log1p(rest), z_a + jnp.log1p(rest)
+    return (*out, jnp.log1p(rest) + gaps / (1 + rest)) if head.with_stats else out
 
 
 def _sums_of_reference(head, inputs, params, mass):
-    """Returns (z_a or 0, rest, excess, total mass) of each token, by this device's classes."""
+    """Returns (z_a or 0, rest, excess, gaps, total mass) of each token, by this device's classes.
+
+    The gaps are Σ_v exp(z_v − z_a) · (z_a − z_v) if stats are asked for, and 0 otherwise.
+    """
     num_classes = num_classes_of(head, params)
     nothing = zeros(inputs.shape[:1], arithmetic_dtype(inputs, params), inputs)
 
@@ -282,7 +326,7 @@ def _sums_of_reference(head, inputs, params, mass):
     start = nothing - jnp.inf, zeros(inputs.shape[:1], jnp.int32, inputs)
     largest, leader = for_each(num_classes, head.plan.classes, find_leader, start)
     largest, leader = jax.lax.stop_gradient((largest, leader))
-    own = _logits_at(head, inputs, params, leader)
+    own = logits_at(head, inputs, params, leader)
     own = jnp.where(own == -jnp.inf, jnp.zeros_like(own), own)
     z_a = own
     if head.axes:
@@ -292,23 +336,32 @@ def _sums_of_reference(head, inputs, params, mass):
         z_a = jax.lax.psum(own, head.axes)
 
     def add_classes(start, size, carry):
-        rest, excess = carry
+        rest, excess, gaps = carry
         z = logits_of(head, inputs, classes_of(head, params, start, size))
         here = leader - start  # It is outside of all blocks but one.
         terms = jnp.exp(z - z_a[:, None])
-        rest += jnp.where(is_class(here, z), jnp.zeros_like(terms), terms).sum(-1)
-        return rest, excess + mass.block(start, size).excess(z, z_a, without=here)
+        terms = jnp.where(is_class(here, z), jnp.zeros_like(terms), terms)
+        if head.with_stats:
+            gaps += plain.sum_of_gaps(terms, z, z_a)
+        excess += mass.block(start, size).excess(z, z_a, without=here)
+        return rest + terms.sum(-1), excess, gaps
 
-    sums = for_each(num_classes, head.plan.classes, add_classes, (nothing, nothing))
+    sums = for_each(num_classes, head.plan.classes, add_classes, (nothing,) * 3)
     return own, *sums, meshes.varying(mass.total(), meshes.varying_axes(nothing))
 
 
-def _logits_at(head, inputs, params, classes):
+def logits_at(head: Head, inputs: jax.Array, params: Params, classes: jax.Array) -> jax.Array:
     """Returns the logit of one class of each token, [N]."""
     columns = jnp.take(params.kernel, classes, axis=head.class_axis, mode="clip")
     columns = columns if head.class_axis == 0 else columns.T
     raw = jnp.sum(wide(inputs) * wide(columns), axis=-1)
     raw = raw.astype(arithmetic_dtype(inputs, params))
-    if params.bias is not None:
-        raw = raw + jnp.take(params.bias, classes, mode="clip").astype(raw.dtype)
-    return transformed(head, raw[:, None], params.constants)[:, 0]
+
+    def at(x):
+        return None if x is None else jnp.take(x, classes, mode="clip")
+
+    here = params._replace(bias=at(params.bias), class_mask=at(params.class_mask))
+    if here.bias is not None:
+        raw = raw + here.bias.astype(raw.dtype)
+    # As classes of one token: biases and masks are those of tokens here.
+    return transformed(head, raw[None], here)[0]

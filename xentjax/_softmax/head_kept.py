@@ -7,7 +7,7 @@ gradient. Where there is no memory for it, and for other derivatives, logits are
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from xentjax._jax.rule import Backend, Rule
 from xentjax._softmax import head_blocks as blocks
 from xentjax._softmax import head_recomputed as recomputed
-from xentjax._softmax import partial
+from xentjax._softmax import partial, plan
 from xentjax._softmax.cross_entropy import masked
 from xentjax._softmax.head_blocks import Head, Params, TokenGradient
 from xentjax._targets.mass import Mass, times
@@ -24,49 +24,75 @@ LARGEST_FLOAT16_COTANGENT = 64
 """float16 ends at 65504: this leaves room for a target mass of a thousand."""
 
 
+class Coefficients(NamedTuple):
+    """What a token counts for in a total.
+
+    Attributes:
+      loss: Of its loss, [N].
+      squared_lse: Of the square of its log-normalizer, [N]: its z-loss. None: there is none.
+    """
+
+    loss: jax.Array
+    squared_lse: jax.Array | None = None
+
+    def total(self, losses: jax.Array, log_normalizers: jax.Array) -> jax.Array:
+        """Returns Σ_n c_n · loss_n + Σ_n d_n · lse_n²."""
+        total = jnp.sum(times(self.loss, losses))
+        if self.squared_lse is None:
+            return total
+        return total + jnp.sum(times(self.squared_lse, log_normalizers**2))
+
+    def cotangents(self, log_normalizers: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Returns the cotangents of the total to losses and log-normalizers, [N]."""
+        if self.squared_lse is None:
+            return self.loss, jnp.zeros_like(self.loss)
+        return self.loss, 2 * times(self.squared_lse, log_normalizers)
+
+
 @dataclasses.dataclass(frozen=True)
 class HeadTotal(Rule):
-    """(inputs [N, D], Params, mass, mask or None, coefficients c [N]) -> Σ_n c_n · loss_n."""
+    """(inputs [N, D], Params, mass, mask or None, Coefficients) -> their total."""
 
     head: Head
 
     def reference(self, inputs, params, mass, mask, coefficients):
-        losses, _ = blocks.reference(self.head, inputs, params, mass)
-        return jnp.sum(times(coefficients, masked(losses, mask)))
+        out = blocks.reference(self.head, inputs, params, mass)
+        return coefficients.total(*masked(out, mask))
 
     def forward(self, backend, needs_grad, inputs, params, mass, mask, coefficients):
-        args = inputs, params, mass
+        args = inputs, params, mass, mask
         if self._makes_gradients(needs_grad):
             scale = _scale_of(coefficients)
-            losses, cotangents = _losses_and_cotangents(
-                self.head, needs_grad, args, coefficients / scale, backend
-            )
+            scaled = jax.tree.map(lambda c: c / scale, coefficients)
+            out, cotangents = _forward_with_gradients(self.head, needs_grad, args, scaled, backend)
             summary = (*cotangents, scale)
         else:
             with_gradient = any(jax.tree.leaves(needs_grad))
-            summary, _ = recomputed.summarise(self.head, *args, with_gradient, backend)
-            losses = summary.loss
-        losses = masked(losses, mask)
-        return jnp.sum(times(coefficients, losses)), (losses, summary)
+            summary, _ = recomputed.summarise(self.head, *args, None, with_gradient, backend)
+            out = summary.loss, summary.log_normalizer
+        out = masked(out, mask)
+        return coefficients.total(*out), (*out, summary)
 
-    def backward(self, backend, needs_grad, args, summary, cotangents):
+    def backward(self, backend, needs_grad, args, summary, cotangent):
         inputs, params, mass, mask, coefficients = args
-        losses, of_losses = summary
-        of_coefficients = cotangents * losses
+        losses, log_normalizers, of_losses = summary
+        of_coefficients = Coefficients(cotangent * losses, cotangent * log_normalizers**2)
+        if coefficients.squared_lse is None:
+            of_coefficients = of_coefficients._replace(squared_lse=None)
         if self._makes_gradients(needs_grad):
             of_inputs, of_params, scale = of_losses
-            answer = jax.tree.map(lambda ct: (cotangents * scale) * ct, (of_inputs, of_params))
+            answer = jax.tree.map(lambda ct: (cotangent * scale) * ct, (of_inputs, of_params))
             return *answer, mass, mask, of_coefficients
-        each, scale = cotangents * coefficients, None
+        factor, scale = cotangent, None
         dtype = jnp.promote_types(inputs.dtype, params.kernel.dtype)
         # A transform's constants have their gradient summed over devices in the loop: unscaled.
         if dtype == jnp.float16 and not any(needs_grad[1].constants):
             largest = _scale_of(coefficients)
-            each, scale = coefficients / largest, cotangents * largest
-        each = masked(each, mask)
-        tokens = TokenGradient(of_losses, each, jnp.zeros_like(each))
+            factor, scale = 1 / largest, cotangent * largest
+        each = jax.tree.map(lambda c: factor * c, coefficients).cotangents(log_normalizers)
+        tokens = TokenGradient(of_losses, *masked(each, mask))
         answer = recomputed.gradients(
-            self.head, needs_grad, (inputs, params, mass), tokens, backend, scale
+            self.head, needs_grad, (inputs, params, mass, mask), tokens, backend, scale
         )
         return *answer, mask, of_coefficients
 
@@ -83,58 +109,59 @@ def _scale_of(coefficients):
 
     In float16 the logits' gradients underflow if they are divided by the number of tokens.
     """
-    largest = jnp.max(jnp.abs(coefficients), initial=0)
+    largest = jnp.max(jnp.abs(coefficients.loss), initial=0)
     return jnp.where(largest == 0, jnp.ones_like(largest), largest) / LARGEST_FLOAT16_COTANGENT
 
 
-def _losses_and_cotangents(
+def _forward_with_gradients(
     head: Head,
     needs_grad: tuple[Any, ...],
-    args: tuple[jax.Array, Params, Mass],
-    coefficients: jax.Array,
+    args: tuple[jax.Array, Params, Mass, jax.Array | None],
+    coefficients: Coefficients,
     backend: Backend,
-) -> tuple[jax.Array, tuple[Any, Params]]:
-    """Returns (losses [N], cotangents of (inputs, params) of Σ_n coefficients_n · loss_n)."""
-    inputs, params, mass = args
+) -> tuple[tuple[jax.Array, jax.Array], tuple[Any, Params]]:
+    """Returns ((losses, log-normalizers) [N], cotangents of (inputs, params) of their total)."""
+    inputs, params, mass, mask = args
     needs_inputs, needs_params = needs_grad[:2]
     num_tokens, num_classes = inputs.shape[0], blocks.num_classes_of(head, params)
     dtype = blocks.arithmetic_dtype(inputs, params)
 
     def on_tokens(first, length, carry):
-        losses, all_inputs, sum_params = carry
+        out, all_inputs, sum_params = carry
         x, t, c = blocks.tokens_of((inputs, mass, coefficients), first, length)
 
         def make_logits(start, size, carry):
             kept, whole = carry
             p = blocks.classes_of(head, params, start, size)
             raw, t_block = blocks.raw_logits(head, x, p), t.block(start, size)
-            new = blocks.summary_of_block(head, raw, p, t_block, True, backend)
+            logits = blocks.transformed(head, raw, p)
+            new = plan.summarise(logits, t_block, True, backend)
             return blocks.put(kept, raw, start, 1), partial.merge(whole, new)
 
         nothing = partial.no_classes(blocks.zeros((length,), dtype, x), with_gradient=True)
         carry = blocks.zeros((length, num_classes), dtype, x), nothing
         kept, whole = blocks.for_each(num_classes, head.plan.classes, make_logits, carry)
         whole = blocks.over_devices(head, whole)
-        of_tokens = TokenGradient(whole, c, jnp.zeros_like(c))
+        of_tokens = TokenGradient(whole, *c.cotangents(whole.log_normalizer))
 
         def use_logits(start, size, carry):
             sum_inputs, sum_params = carry
             p, t_block = blocks.classes_of(head, params, start, size), t.block(start, size)
             raw = jax.lax.dynamic_slice_in_dim(kept, start, size, 1)
             dx, dp = blocks.pull_back(head, needs_grad, x, p, raw, t_block, of_tokens, backend)
-            return jax.tree.map(jnp.add, sum_inputs, dx), Params(
+            return jax.tree.map(jnp.add, sum_inputs, dx), sum_params._replace(
                 kernel=blocks.add(sum_params.kernel, dp.kernel, start, head.class_axis),
                 bias=blocks.add(sum_params.bias, dp.bias, start),
-                constants=sum_params.constants,  # All None: else the logits are not kept.
             )
 
         carry = blocks.zeros_of(needs_inputs, x), sum_params
         dx, sum_params = blocks.for_each(num_classes, head.plan.classes, use_logits, carry)
-        losses = blocks.put(losses, whole.loss, first)
-        return losses, blocks.put(all_inputs, dx, first), sum_params
+        out = blocks.put(out, (whole.loss, whole.log_normalizer), first)
+        return out, blocks.put(all_inputs, dx, first), sum_params
 
-    losses = blocks.zeros((num_tokens,), dtype, coefficients)
+    nothing = blocks.zeros((num_tokens,), dtype, coefficients.loss)
     all_inputs = blocks.zeros_of(needs_inputs, inputs, own=True)
-    carry = losses, all_inputs, blocks.zeros_of(needs_params, params)
-    losses, *cotangents = blocks.for_each(num_tokens, head.plan.tokens, on_tokens, carry)
-    return losses, tuple(cotangents)
+    carry = (nothing, nothing), all_inputs, blocks.zeros_of(needs_params, params)
+    end = blocks.end_of(mask)
+    out, *cotangents = blocks.for_each(num_tokens, head.plan.tokens, on_tokens, carry, end)
+    return out, tuple(cotangents)

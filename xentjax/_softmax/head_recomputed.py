@@ -18,52 +18,55 @@ from xentjax._softmax import partial, plan
 from xentjax._softmax.cross_entropy import masked
 from xentjax._softmax.head_blocks import Head, Params, TokenGradient
 from xentjax._softmax.partial import PartialSoftmax
-from xentjax._targets.mass import Mass, label_mass
+from xentjax._targets.mass import Mass, at_class
+from xentjax._targets.types import is_valid
 
 
 @dataclasses.dataclass(frozen=True)
 class HeadLosses(Rule):
-    """(inputs [N, D], Params, mass, mask or None) -> arrays [N].
+    """(inputs [N, D], Params, mass, mask or None, labels or None) -> arrays [N].
 
-    They are losses and log-normalizers; then, if stats are asked for, predictions (as floats, exact
-    below 2²⁴ classes) and the surprisals of the heaviest target class, which have no derivative.
+    They are losses and log-normalizers; then, if stats are asked for, entropies, and predictions
+    (as floats, exact below 2²⁴ classes) and the labels' surprisals, which have no derivative. Labels
+    are classes of this device; those outside of them are another's.
     """
 
     head: Head
 
-    def reference(self, inputs, params, mass, mask):
+    def reference(self, inputs, params, mass, mask, labels):
+        del labels
         out = blocks.reference(self.head, inputs, params, mass)
         if self.head.with_stats:
             out = (*out, jnp.zeros_like(out[0]), jnp.zeros_like(out[0]))
         return masked(out, mask)
 
-    def forward(self, backend, needs_grad, inputs, params, mass, mask):
+    def forward(self, backend, needs_grad, inputs, params, mass, mask, labels):
         with_gradient = any(jax.tree.leaves(needs_grad))
-        whole, stats = summarise(self.head, inputs, params, mass, with_gradient, backend)
+        args = inputs, params, mass, mask
+        whole, stats = summarise(self.head, *args, labels, with_gradient, backend)
         out = whole.loss, whole.log_normalizer
         if stats is not None:
-            out = (*out, stats.prediction, stats.label.loss)
+            surprisal = (partial.finite(whole.max_logit) - stats.label_logit) + jnp.log1p(whole.rest)
+            out = (*out, whole.entropy, stats.prediction, surprisal)
         return masked(out, mask), whole
 
     def backward(self, backend, needs_grad, args, summary, cotangents):
-        inputs, params, mass, mask = args
-        tokens = TokenGradient(summary, *masked(cotangents[:2], mask))
-        answer = gradients(self.head, needs_grad, (inputs, params, mass), tokens, backend)
-        return *answer, mask
+        inputs, params, mass, mask, labels = args
+        tokens = TokenGradient(summary, *masked(cotangents[:3], mask))
+        answer = gradients(self.head, needs_grad, args[:4], tokens, backend)
+        return *answer, mask, labels
 
 
 class _Stats(NamedTuple):
     """Facts of the classes so far, beside their PartialSoftmax.
 
     Attributes:
-      largest: The largest logit.
-      prediction: Its class, as a float.
-      label: The PartialSoftmax under the target that is the heaviest class alone.
+      prediction: The class of the largest logit, as a float.
+      label_logit: The logit of the label, or −inf.
     """
 
-    largest: jax.Array
     prediction: jax.Array
-    label: PartialSoftmax
+    label_logit: jax.Array
 
 
 def summarise(
@@ -71,69 +74,78 @@ def summarise(
     inputs: jax.Array,
     params: Params,
     mass: Mass,
+    mask: jax.Array | None,
+    labels: jax.Array | None,
     with_gradient: bool,
     backend: Backend,
 ) -> tuple[PartialSoftmax, _Stats | None]:
-    """Returns the PartialSoftmax of every token over all classes, and stats if asked for."""
+    """Returns the PartialSoftmax of every token over all classes, and stats if there are labels."""
     num_classes = blocks.num_classes_of(head, params)
 
+    def no_classes(x):
+        like = blocks.zeros(x.shape[:1], blocks.arithmetic_dtype(inputs, params), inputs)
+        stats = None if labels is None else _Stats(like, like - jnp.inf)
+        return partial.no_classes(like, with_gradient, with_entropy=labels is not None), stats
+
     def on_tokens(first, length, out):
-        x, t = blocks.tokens_of((inputs, mass), first, length)
+        x, t, label = blocks.tokens_of((inputs, mass, labels), first, length)
 
         def on_classes(start, size, carry):
             whole, stats = carry
-            p = blocks.classes_of(head, params, start, size)
-            raw, t_block = blocks.raw_logits(head, x, p), t.block(start, size)
-            new = blocks.summary_of_block(head, raw, p, t_block, with_gradient, backend)
+            p, t_block = blocks.classes_of(head, params, start, size), t.block(start, size)
+            logits = blocks.logits_of(head, x, p)
+            new = plan.summarise(logits, t_block, with_gradient, backend)
             if stats is not None:
-                logits = blocks.transformed(head, raw, p.constants)
-                stats = _merge_stats(stats, logits, t, start, num_classes, backend)
+                new = partial.with_entropy(new, logits)
+                stats = _merge_stats(stats, whole.max_logit, logits, label, start)
             return partial.merge(whole, new), stats
 
-        nothing = _no_classes(head, x, params, with_gradient)
-        return blocks.put(
-            out, blocks.for_each(num_classes, head.plan.classes, on_classes, nothing), first
-        )
+        of_tokens = blocks.for_each(num_classes, head.plan.classes, on_classes, no_classes(x))
+        return blocks.put(out, of_tokens, first)
 
-    nothing = _no_classes(head, inputs, params, with_gradient)
-    whole, stats = blocks.for_each(inputs.shape[0], head.plan.tokens, on_tokens, nothing)
+    whole, stats = blocks.for_each(
+        inputs.shape[0], head.plan.tokens, on_tokens, no_classes(inputs), blocks.end_of(mask)
+    )
+    if stats is not None and head.axes:
+        stats = _stats_over_devices(head, num_classes, stats, whole.max_logit)
     return blocks.over_devices(head, whole), stats
 
 
-def _no_classes(head, inputs, params, with_gradient):
-    dtype = blocks.arithmetic_dtype(inputs, params)
-    like = blocks.zeros(inputs.shape[:1], dtype, inputs)
-    if not head.with_stats:
-        return partial.no_classes(like, with_gradient), None
-    stats = _Stats(like - jnp.inf, like, partial.no_classes(like, with_gradient=False))
-    return partial.no_classes(like, with_gradient), stats
-
-
-def _merge_stats(stats, logits, mass, start, num_classes, backend):
-    """Returns the stats of the classes so far and of those of logits."""
-    label = label_mass(mass.heaviest(), num_classes, logits.dtype).block(start, logits.shape[-1])
-    largest = logits.max(-1)
-    best = (start + jnp.argmax(logits, axis=-1)).astype(largest.dtype)
-    new = plan.summarise(logits, label, False, backend)
+def _merge_stats(stats, max_logit, logits, labels, start):
+    """Returns the stats of the classes so far, whose largest logit is given, and of others."""
+    best = (start + jnp.argmax(logits, axis=-1)).astype(logits.dtype)
+    leads = logits.max(-1) > max_logit
+    size = logits.shape[-1]
+    here = labels - start
+    of_label = at_class(logits, jnp.clip(here, 0, size - 1))
     return _Stats(
-        jnp.maximum(largest, stats.largest),
-        jnp.where(largest > stats.largest, best, stats.prediction),
-        partial.merge(stats.label, new),
+        jnp.where(leads, best, stats.prediction),
+        jnp.where(is_valid(here, size), of_label, stats.label_logit),
     )
+
+
+def _stats_over_devices(head, num_classes, stats, max_logit):
+    """Returns the stats of the classes of all devices: the first device's of several leaders."""
+    size = jax.lax.axis_size(head.axes) * num_classes
+    start = (jax.lax.axis_index(head.axes) * num_classes).astype(max_logit.dtype)
+    leads = max_logit == jax.lax.pmax(max_logit, head.axes)
+    here = jnp.where(leads, start + stats.prediction, jnp.full_like(stats.prediction, size))
+    return _Stats(jax.lax.pmin(here, head.axes), jax.lax.pmax(stats.label_logit, head.axes))
 
 
 def gradients(
     head: Head,
     needs_grad: tuple[Any, ...],
-    args: tuple[jax.Array, Params, Mass],
+    args: tuple[jax.Array, Params, Mass, jax.Array | None],
     tokens: TokenGradient,
     backend: Backend,
     scale: jax.Array | None = None,
 ) -> tuple[Any, Params, Any]:
     """Returns the cotangents of (inputs, params, mass), `scale` times as large if it is given."""
-    inputs, params, mass = args
+    inputs, params, mass, mask = args
     needs_inputs, needs_params, needs_mass = needs_grad[:3]
     num_tokens, num_classes = inputs.shape[0], blocks.num_classes_of(head, params)
+    end = blocks.end_of(mask)
 
     def scaled(tree):
         return tree if scale is None else jax.tree.map(lambda ct: scale * ct, tree)
@@ -152,9 +164,9 @@ def gradients(
             return blocks.add(sum_inputs, dx, first), jax.tree.map(jnp.add, sum_params, dp)
 
         carry = sum_inputs, blocks.zeros_of(needs_params, p_block)
-        carry = blocks.for_each(num_tokens, head.plan.tokens, on_tokens, carry)
+        carry = blocks.for_each(num_tokens, head.plan.tokens, on_tokens, carry, end)
         sum_inputs, of_block = carry[0], scaled(carry[1])
-        return sum_inputs, Params(
+        return sum_inputs, all_params._replace(
             kernel=blocks.put(all_params.kernel, of_block.kernel, start, head.class_axis),
             bias=blocks.put(all_params.bias, of_block.bias, start),
             constants=jax.tree.map(jnp.add, all_params.constants, of_block.constants),
@@ -166,7 +178,7 @@ def gradients(
     of_inputs, of_params = scaled(carry[0]), carry[1]
     of_mass = mass
     if any(jax.tree.leaves(needs_mass)):
-        of_mass = _mass_cotangent(head, args, tokens)
+        of_mass = _mass_cotangent(head, args[:3], tokens)
     return of_inputs, of_params, of_mass
 
 

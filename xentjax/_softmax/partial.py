@@ -25,6 +25,7 @@ from typing import NamedTuple, cast
 import jax
 import jax.numpy as jnp
 
+from xentjax._jax.dtypes import wide
 from xentjax._targets.mass import times
 
 LIFT = 2.0**30
@@ -35,7 +36,8 @@ made of terms as small as e⁻⁹⁴."""
 class PartialSoftmax(NamedTuple):
     """What some classes tell of the softmax; every field is [...].
 
-    `lifted_rest` is LIFT · rest. `mass_of_rest` is None where no gradient is asked for.
+    `lifted_rest` is LIFT · rest, and `lifted_gaps` is LIFT · Σ_v exp(z_v − m) · (m − z_v).
+    `mass_of_rest` is None where no gradient is asked for, `lifted_gaps` where no entropy is.
     """
 
     max_logit: jax.Array
@@ -43,6 +45,7 @@ class PartialSoftmax(NamedTuple):
     mass: jax.Array
     mass_of_rest: jax.Array | None
     excess: jax.Array
+    lifted_gaps: jax.Array | None = None
 
     @property
     def rest(self) -> jax.Array:
@@ -59,10 +62,23 @@ class PartialSoftmax(NamedTuple):
         """Σ_v t_v · (lse(z) − z_v)."""
         return self.excess + self.mass * jnp.log1p(self.rest)
 
+    @property
+    def mean_gap(self) -> jax.Array:
+        """Σ_v p_v · (m − z_v)."""
+        return cast(jax.Array, self.lifted_gaps) / (LIFT + self.lifted_rest)
 
-def no_classes(like: jax.Array, with_gradient: bool) -> PartialSoftmax:
+    @property
+    def entropy(self) -> jax.Array:
+        """H(z) = Σ_v p_v · (lse(z) − z_v)."""
+        return jnp.log1p(self.rest) + self.mean_gap
+
+
+def no_classes(
+    like: jax.Array, with_gradient: bool, with_entropy: bool = False
+) -> PartialSoftmax:
     """Returns the PartialSoftmax of no classes at all; `like` are zeros [...]."""
-    return PartialSoftmax(like - jnp.inf, like, like, like if with_gradient else None, like)
+    mass_of_rest, gaps = like if with_gradient else None, like if with_entropy else None
+    return PartialSoftmax(like - jnp.inf, like, like, mass_of_rest, like, gaps)
 
 
 def finite(max_logit: jax.Array) -> jax.Array:
@@ -77,6 +93,13 @@ def exponentials(logits: jax.Array, max_logit: jax.Array) -> jax.Array:
     """
     root = jnp.exp((logits - finite(max_logit)[..., None]) / 2) * LIFT**0.5
     return root * root
+
+
+def with_entropy(part: PartialSoftmax, logits: jax.Array) -> PartialSoftmax:
+    """Returns a PartialSoftmax of logits [..., V] that knows their entropy too."""
+    z = wide(logits)
+    gaps = finite(part.max_logit)[..., None] - z
+    return part._replace(lifted_gaps=times(exponentials(z, part.max_logit), gaps).sum(-1))
 
 
 def merge(a: PartialSoftmax, b: PartialSoftmax) -> PartialSoftmax:
@@ -113,8 +136,30 @@ def _seen_from(m, part, leads):
     mass_of_rest = part.mass_of_rest
     if mass_of_rest is not None:
         mass_of_rest = jnp.where(leads, mass_of_rest, part.mass)
+    gaps = part.lifted_gaps
+    if gaps is not None:
+        here = jnp.where(gap == jnp.inf, jnp.zeros_like(gap), gap)
+        seen = gaps + (LIFT + part.lifted_rest) * here
+        gaps = jnp.where(leads, gaps, seen * jnp.exp(-gap))
     excess = part.excess + times(part.mass, gap)
-    return PartialSoftmax(m, rest, part.mass, mass_of_rest, excess)
+    return PartialSoftmax(m, rest, part.mass, mass_of_rest, excess, gaps)
+
+
+def entropy_gradient(
+    whole: PartialSoftmax, logits: jax.Array, cotangent: jax.Array
+) -> jax.Array:
+    """Returns cotangent · ∂H/∂z_v = cotangent · p_v · ((m − z_v) − Σ_w p_w · (m − z_w)), [..., V].
+
+    Args:
+      whole: The PartialSoftmax of all classes, with their entropy.
+      logits: Those of some classes, [..., V].
+      cotangent: [...].
+    """
+    z = wide(logits)
+    gaps = finite(whole.max_logit)[..., None] - z
+    per_exponential = cotangent / (LIFT + whole.lifted_rest)
+    p = per_exponential[..., None] * exponentials(z, whole.max_logit)
+    return times(p, gaps - whole.mean_gap[..., None]).astype(logits.dtype)
 
 
 class GradientTerms(NamedTuple):

@@ -60,11 +60,17 @@ def surprisals(logits: jax.Array) -> jax.Array:
     return (z_a[..., None] - z) + jnp.log1p(terms.sum(-1))[..., None]
 
 
-def entropy(logits: jax.Array) -> jax.Array:
+def entropy(logits: jax.Array, axes: tuple[Hashable, ...] = ()) -> jax.Array:
     """Returns H(z), [...]."""
     z = wide(logits)
-    _, z_a, terms = leader_and_rest(z)
-    gaps = z_a[..., None] - z
-    gaps = jnp.where(gaps == jnp.inf, jnp.zeros_like(gaps), gaps)  # 0 · inf = 0.
-    r = terms.sum(-1)
-    return jnp.log1p(r) + (terms * gaps).sum(-1) / (1 + r)
+    _, z_a, terms = leader_and_rest(z, axes)
+    r, cost = terms.sum(-1), sum_of_gaps(terms, z, z_a)
+    if axes:
+        r, cost = jax.lax.psum((r, cost), axes)
+    return jnp.log1p(r) + cost / (1 + r)
+
+
+def sum_of_gaps(terms: jax.Array, logits: jax.Array, top: jax.Array) -> jax.Array:
+    """Returns Σ_v terms_v · (top − z_v), [...], with 0 · inf = 0."""
+    gaps = top[..., None] - logits
+    return (terms * jnp.where(gaps == jnp.inf, jnp.zeros_like(gaps), gaps)).sum(-1)
