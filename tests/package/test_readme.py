@@ -69,7 +69,7 @@ def imports(path):
             package, _, rest = f"{module}.".partition(".")
             if package == "xentjax":
                 part = rest.partition(".")[0]
-                yield part if part.startswith("_") and part != "__version__" else "__init__"
+                yield part if part in LAYERS else "__init__"
 
 
 def test_the_map_has_every_folder():

@@ -15,9 +15,9 @@ from xentjax._explain.html import as_html
 from xentjax._explain.report import report
 from xentjax._jax import checks
 from xentjax._losses.information import surprisal
-from xentjax._losses.softmax_information import softmax_surprisal
 from xentjax._losses.sigmoid import sigmoid_binary_cross_entropy
 from xentjax._losses.softmax import softmax_cross_entropy
+from xentjax._losses.softmax_information import softmax_surprisal
 from xentjax._targets.transforms import dense_targets
 from xentjax._targets.types import SparseTargets, Targets
 
@@ -142,9 +142,12 @@ class Explanation:
 
     def plot(self, ax: "Axes | None" = None) -> "Axes":
         """Draws prediction, target and the steps between them; needs the extra `plot`."""
-        from xentjax.plot import explanation  # noqa: PLC0415  matplotlib is an extra.
+        from xentjax.plot import steps_to_target  # noqa: PLC0415  matplotlib is an extra.
 
-        return explanation(self, ax=ax)
+        total = 1.0 if self.link == "sigmoid" else self.mass[..., None]
+        ax = steps_to_target(total * self.probabilities, self.targets, classes=self.classes, ax=ax)
+        ax.set_title(f"loss = {float(self.losses):.4f} {self.unit}")
+        return ax
 
     def _outcomes(self) -> tuple[np.ndarray, np.ndarray]:
         """Returns (truth, surprisals) of all outcomes: V classes, or V times yes and no."""

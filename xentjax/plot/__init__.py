@@ -15,9 +15,9 @@ Losses.
   margin: loss or gradient by the margin of the right class, naive and exact
   simplex: the loss of every prediction over three classes, and where a step leads
   loss_surface: a loss over two directions in the space of its parameters
-  explanation: prediction, target and the steps between, from `xentjax.explain`
 
 Targets and calibration.
+  steps_to_target: prediction, target, and the steps from the one to the other
   target_bars: the mass on each class of targets of any form
   reliability: accuracy by confidence
 """
@@ -26,7 +26,7 @@ from xentjax.plot._axes import STYLE
 from xentjax.plot._calibration import reliability
 from xentjax.plot._information import cross_entropy_areas, surprisal_curve
 from xentjax.plot._losses import log_loss, log_loss_beside_difference, loss_surface, margin, simplex
-from xentjax.plot._targets import explanation, target_bars
+from xentjax.plot._targets import steps_to_target, target_bars
 
 __all__ = [
     "STYLE",
@@ -37,7 +37,7 @@ __all__ = [
     "margin",
     "simplex",
     "loss_surface",
-    "explanation",
+    "steps_to_target",
     "target_bars",
     "reliability",
 ]

@@ -1,18 +1,15 @@
-"""Targets of any form as bars, and an explanation as steps from prediction to target."""
+"""Targets of any form as bars, and the steps from a prediction to its target."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
+from jaxtyping import ArrayLike
 from matplotlib.axes import Axes
 
 from xentjax._jax import checks
 from xentjax._targets.transforms import dense_targets
 from xentjax._targets.types import Targets
 from xentjax.plot._axes import axes, names_of
-
-if TYPE_CHECKING:
-    from xentjax._explain.explanation import Explanation
 
 HATCHES = ("", "//", "..", "xx", "\\\\", "oo")  # Bars differ without their colours too.
 
@@ -66,50 +63,55 @@ def target_bars(
     return ax
 
 
-def explanation(e: "Explanation", *, ax: Axes | None = None) -> Axes:
-    """Draws prediction and target of one example, and the step from the one to the other.
+def steps_to_target(
+    prediction: ArrayLike,
+    target: ArrayLike,
+    *,
+    classes: Sequence[str] | None = None,
+    ax: Axes | None = None,
+) -> Axes:
+    """Draws the prediction for one example, its target, and an arrow from the one to the other.
 
-    An arrow leads from T · p_v to t_v: it is as long as −∂loss/∂z_v is large, in nats. For sigmoid
-    it leads from p_v to t_v.
+    With prediction T · p, where T = Σ_v t_v, the arrow of class v is −∂loss/∂z_v = t_v − T · p_v.
 
     Args:
-      e: What `xentjax.explain` returns, of one example.
+      prediction: Probabilities times the mass of the target, float[V].
+      target: Masses, float[V].
+      classes: The names of the V classes; None numbers them from 0.
       ax: The axes to draw into; None takes pyplot's current ones.
 
     Returns:
-      The axes, with the loss in the title.
+      The axes.
 
     Raises:
-      ValueError: e is of a batch.
+      ValueError: The shapes differ, or are those of a batch.
       TypeError: ax is no Axes.
 
     Example:
-      >>> import xentjax
       >>> import matplotlib.pyplot as plt
       >>> import xentjax.plot
       >>> _, ax = plt.subplots()
-      >>> e = xentjax.explain([0.1, 0.2, 0.7], 2, given="probabilities")
-      >>> xentjax.plot.explanation(e, ax=ax).get_title()
-      'loss = 0.3567 nats'
+      >>> ax = xentjax.plot.steps_to_target([0.1, 0.2, 0.7], [0.0, 0.0, 1.0], ax=ax)
+      >>> ax.get_title()
+      'Prediction and target (shares of 1)'
     """
-    ax = axes(ax)
-    shape = np.shape(e.losses)
-    checks.check(shape == (), f"e: expected one example, e[i] of a batch, got a batch of {shape}")
-    total = 1.0 if e.link == "sigmoid" else float(e.mass)
-    prediction, target = total * e.probabilities, e.targets
-    rows = np.arange(len(e.classes))
-    symbol = "p" if np.isclose(total, 1) else "T · p"
-    ax.barh(rows, prediction, 0.6, color="C0", alpha=0.85, label=f"prediction, {symbol}")
-    ax.plot(target, rows, "D", color="C1", clip_on=False, zorder=4, label="target, t")
-    for row, start, end in zip(rows, prediction, target, strict=True):
+    ax, p, t = axes(ax), np.asarray(prediction, float), np.asarray(target, float)
+    expected = f"prediction: expected shape [V], one example, got {p.shape}"
+    checks.check(p.ndim == 1, expected)
+    expected = f"target: expected shape {p.shape}, that of prediction, got {t.shape}"
+    checks.check(t.shape == p.shape, expected)
+    names, rows = names_of(classes, p.size), np.arange(p.size)
+    ax.barh(rows, p, 0.6, color="C0", alpha=0.85, label="prediction")
+    ax.plot(t, rows, "D", color="C1", clip_on=False, zorder=4, label="target")
+    for row, start, end in zip(rows, p, t, strict=True):
         if abs(end - start) > 1e-3:
             arrow = {"arrowstyle": "->", "color": "black", "lw": 1.5, "shrinkA": 0, "shrinkB": 3}
             ax.annotate("", (end, row), (start, row), arrowprops=arrow, zorder=3)
     ax.plot([], [], color="black", lw=1.5, label="step against the gradient")
-    ax.set_yticks(rows, e.classes)
+    ax.set_yticks(rows, names)
     ax.invert_yaxis()
-    ax.set(xlabel="probability", xlim=(0, 1.03 * max(1.0, prediction.max(), target.max())))
-    ax.set_title(f"loss = {float(e.losses):.4f} {e.unit}")
+    ax.set(xlabel="share of 1", xlim=(0, 1.03 * max(1.0, p.max(), t.max())))
+    ax.set_title("Prediction and target (shares of 1)")
     ax.grid(visible=False, axis="y")
     ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.22), ncols=3, fontsize="small")
     return ax
