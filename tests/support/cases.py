@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import mpmath
 import numpy as np
+import pytest
 
 import xentjax
 
@@ -18,6 +19,13 @@ _AS_IT_STANDS: dict[str, int | bool] = {"xla_backend_optimization_level": 0}
 if jax.__version_info__ < (0, 11):  # Of JAX 0.12, XLA does not know it any more.
     _AS_IT_STANDS["xla_cpu_use_fusion_emitters"] = False
 jit = functools.partial(jax.jit, compiler_options=_AS_IT_STANDS)
+
+
+def mainly(cases, *chosen):
+    """Returns all cases as parameters: `make test` takes the chosen ones, `make prove` the rest."""
+    cases = list(cases)
+    assert set(chosen) <= set(cases), set(chosen) - set(cases)
+    return [c if c in chosen else pytest.param(c, marks=pytest.mark.prove) for c in cases]
 
 
 class Forms(Mapping):
@@ -99,14 +107,15 @@ def relative_error(actual, exact) -> float:
     return float(max(abs(mpmath.mpf(float(a)) - e) / abs(e) for a, e in pairs))
 
 
-def loss_and_gradient(logits, targets, **kwargs):
+@functools.partial(jax.jit, static_argnames="axis")
+def loss_and_gradient(logits, targets, *, axis=-1, where=None):
     """Returns (losses, the gradient of their sum) of softmax_cross_entropy."""
 
     def loss(z):
-        losses = xentjax.softmax_cross_entropy(z, targets, **kwargs)
+        losses = xentjax.softmax_cross_entropy(z, targets, axis=axis, where=where)
         return losses.sum(), losses
 
-    (_, losses), gradient = jax.value_and_grad(loss, has_aux=True)(jnp.asarray(logits))
+    (_, losses), gradient = jax.value_and_grad(loss, has_aux=True)(logits)
     return losses, gradient
 
 
