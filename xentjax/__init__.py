@@ -9,6 +9,8 @@ Targets: what the truth looks like.
   dense_targets: one mass for each class, written out
   mixup: mixes examples of a batch, inputs and targets alike
   cutmix: pastes boxes of other images, and mixes targets by area
+  top_k_targets: a teacher's largest probabilities, from its logits
+  teacher_targets: the same as they were stored
 
 Losses of logits, one class out of many.
   softmax_cross_entropy: one loss for each example
@@ -25,6 +27,18 @@ Losses of yes or no.
   sigmoid_binary_cross_entropy: of logits, element by element
   multilabel_cross_entropy: of logits, summed over the labels of an example
   binary_cross_entropy: of probabilities, element by element
+
+Some classes, and all others as one outcome.
+  bucket_logits: from logits
+
+Contrast: the pairs of a batch, without all similarities in memory.
+  info_nce: each query against all keys, and CLIP's loss
+  nt_xent: embeddings of one label against those of others, as in SimCLR
+  supervised_contrastive: the same with all partners as the target
+
+Margins: the loss when the label's logit is lower.
+  additive_margin: by a number, as in CosFace
+  angular_margin: what a larger angle takes from a cosine, as in ArcFace
 
 Means that stay right over masks, weights, microbatches and devices.
   weighted_mean: the mean of losses
@@ -63,6 +77,8 @@ Debugging.
 
 from xentjax._explain.explanation import Explanation, explain
 from xentjax._jax.value_checks import value_checks
+from xentjax._losses.buckets import bucket_logits
+from xentjax._losses.contrast import info_nce, nt_xent, supervised_contrastive
 from xentjax._losses.information import (
     cross_entropy,
     entropy,
@@ -76,6 +92,7 @@ from xentjax._losses.linear import (
     linear_softmax_cross_entropy_with_stats,
 )
 from xentjax._losses.logit_transform import soft_cap, temperature
+from xentjax._losses.margins import additive_margin, angular_margin
 from xentjax._losses.reduction import WeightedSum, weighted_mean, weighted_sum
 from xentjax._losses.sigmoid import (
     binary_cross_entropy,
@@ -100,6 +117,7 @@ from xentjax._parallel.vocab import (
     vocab_parallel_softmax_cross_entropy_with_stats,
 )
 from xentjax._targets.mixing import cutmix, mixup
+from xentjax._targets.top_k import teacher_targets, top_k_targets
 from xentjax._targets.transforms import dense_targets, mix_targets, reweight_targets, smooth_labels
 from xentjax._targets.types import SparseTargets, Targets
 
@@ -115,6 +133,8 @@ __all__ = [
     "dense_targets",
     "mixup",
     "cutmix",
+    "top_k_targets",
+    "teacher_targets",
     # One class out of many.
     "softmax_cross_entropy",
     "softmax_cross_entropy_with_stats",
@@ -128,6 +148,15 @@ __all__ = [
     "sigmoid_binary_cross_entropy",
     "multilabel_cross_entropy",
     "binary_cross_entropy",
+    # Some classes, and all others as one outcome.
+    "bucket_logits",
+    # Contrast.
+    "info_nce",
+    "nt_xent",
+    "supervised_contrastive",
+    # Margins.
+    "additive_margin",
+    "angular_margin",
     # Means that stay right.
     "weighted_mean",
     "weighted_sum",
