@@ -1,4 +1,4 @@
-"""The command line: every number of `explain` against float64 NumPy, and every wrong argument."""
+"""The command line: every number of `explain` against 80 digits, and every wrong argument."""
 
 import argparse
 import math
@@ -8,6 +8,7 @@ import subprocess
 import sys
 from typing import NamedTuple
 
+import mpmath
 import numpy as np
 import pytest
 
@@ -51,18 +52,20 @@ def explain(capsys, *argv):
 
 def assert_answer(answer, logits, truth, nats):
     """Asserts every number of the chain, from the logits and the truth, with `nats` in the unit."""
-    logits, truth = np.array(logits, np.float64), np.array(truth, np.float64)
-    m = logits.max()
-    lse = m + np.log(np.exp(logits - m).sum())
-    p, surprisals = np.exp(logits - lse), lse - logits
-    loss = math.fsum(t * s for t, s in zip(truth, surprisals, strict=True) if t > 0)
-    entropy = math.fsum(q * s for q, s in zip(p, surprisals, strict=True) if q > 0)
-    for name, column in {
-        "probability": p,
-        "surprisal": surprisals / nats,
-        "truth": truth,
-        "gradient": (p - truth) / nats,
-    }.items():
+    with mpmath.workdps(80):
+        z = [mpmath.mpf(float(x)) for x in logits]
+        lse = mpmath.log(mpmath.fsum(map(mpmath.exp, z)))
+        surprisals, p = [lse - x for x in z], [mpmath.exp(x - lse) for x in z]
+        loss = float(mpmath.fsum(t * s for t, s in zip(truth, surprisals, strict=True) if t > 0))
+        entropy = float(mpmath.fsum(q * s for q, s in zip(p, surprisals, strict=True) if q > 0))
+        found = {
+            "probability": p,
+            "surprisal": [s / nats for s in surprisals],
+            "truth": truth,
+            "gradient": [(q - float(t)) / nats for q, t in zip(p, truth, strict=True)],
+        }
+        found = {name: list(map(float, column)) for name, column in found.items()}
+    for name, column in found.items():
         for text, expected in zip(answer.columns[name], column, strict=True):
             assert_shown(text, expected)
     assert_shown(answer.values["entropy"], entropy / nats)
@@ -124,10 +127,10 @@ def test_explain_what_was_ruled_out(capsys):
     assert "nan" not in answer.text
 
 
-def test_explain_a_perplexity_beyond_float32(capsys):
-    answer = explain(capsys, "200,0", "--logits", "--label", "1")
-    assert answer.values["loss"] == "200.0000"
-    assert "exp(loss) = more than 3.4e+38\n" in answer.text
+def test_explain_a_perplexity_beyond_float64(capsys):
+    answer = explain(capsys, "800,0", "--logits", "--label", "1")
+    assert answer.values["loss"] == "800.0000"
+    assert "e^H(t, p) = more than 1.8e+308\n" in answer.text
 
 
 def test_explain_many_classes(capsys):
@@ -182,10 +185,10 @@ def test_explain_fits_the_terminal(capsys, monkeypatch, columns):
 
 
 P = "0.1,0.2,0.7"
-NOT_PROBABILITIES = "NUMBERS: expected probabilities of at least 0 that sum to 1 ("
-NORMALIZE = "(to divide them by their sum, add --normalize; for logits, add --logits), got 0.1,"
-NOT_WEIGHTS = "NUMBERS: expected numbers of at least 0 with a sum above 0, to normalize, got "
-NOT_LOGITS = "NUMBERS: expected logits from −1e+38 to 1e+38, or −inf, got "
+NOT_PROBABILITIES = "NUMBERS: expected probabilities of at least 0 that sum to 1, got "
+NORMALIZE = "(--normalize divides by their sum, --logits takes logits)"
+NOT_WEIGHTS = "NUMBERS: expected weights of at least 0 with a sum above 0, got "
+NOT_LOGITS = "NUMBERS: expected logits from −1e+300 to 1e+300, or −inf, got "
 NOT_NUMBERS = "NUMBERS: expected numbers with commas between them, got "
 NOT_NAMES = "--classes: expected 3 different names, one for each of NUMBERS, got "
 NOT_A_SHARE = "--smoothing: expected a number from 0 to 1, got "
@@ -196,11 +199,11 @@ NOT_EPOCHS = "--epochs: expected a whole number from 1 to 10000, got "
     ("argv", "message"),
     [
         ("explain 0.1,0.2,0.6 --label 0", NOT_PROBABILITIES),
-        ("explain 0.1,0.2,0.6 --label 0", "got 0.1,0.2,0.6, which sum to 0.9"),
+        ("explain 0.1,0.2,0.6 --label 0", "got [0.1, 0.2, 0.6], which sum to 0.9"),
         ("explain 0.1,0.2,0.6 --label 0", NORMALIZE),
-        ("explain 0,0 --normalize --label 0", NOT_WEIGHTS + "0,0"),
-        ("explain -1,2 --normalize --label 0", NOT_WEIGHTS + "-1,2"),
-        ("explain inf,2 --normalize --label 0", NOT_WEIGHTS + "inf,2"),
+        ("explain 0,0 --normalize --label 0", NOT_WEIGHTS + "[0., 0.]"),
+        ("explain -1,2 --normalize --label 0", NOT_WEIGHTS + "[-1.,  2.]"),
+        ("explain inf,2 --normalize --label 0", NOT_WEIGHTS + "[inf,  2.]"),
         ("explain 1,2 --normalize --logits --label 0", "--logits: not allowed with argument --n"),
         ("explain 0.3333,0.3333,0.3333 --label 0", NOT_PROBABILITIES),
         ("explain -0.1,0.4,0.7 --label 0", NOT_PROBABILITIES),
@@ -208,9 +211,9 @@ NOT_EPOCHS = "--epochs: expected a whole number from 1 to 10000, got "
         ("explain inf,1 --label 0", NOT_PROBABILITIES),
         ("explain 0.1;0.9 --label 0", NOT_NUMBERS + "0.1;0.9"),
         ("explain 0.1,,0.9 --label 0", NOT_NUMBERS + "0.1,,0.9"),
-        ("explain nan,1 --logits --label 0", NOT_LOGITS + "nan,1"),
-        ("explain inf,1 --logits --label 0", NOT_LOGITS + "inf,1"),
-        ("explain -1e39,1 --logits --label 0", NOT_LOGITS + "-1e39,1"),
+        ("explain nan,1 --logits --label 0", NOT_LOGITS + "[nan,  1.]"),
+        ("explain inf,1 --logits --label 0", NOT_LOGITS + "[inf,  1.]"),
+        ("explain -1e301,1 --logits --label 0", NOT_LOGITS + "[-1.e+301,  1.e+000]"),
         ("explain -inf,-inf --logits --label 0", "NUMBERS: expected at least one logit above −inf"),
         (f"explain {P}", "the following arguments are required: --label"),
         ("explain --label 0", "the following arguments are required: NUMBERS"),

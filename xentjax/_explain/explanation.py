@@ -117,7 +117,8 @@ class Explanation:
     def kl_divergence(self) -> np.ndarray:
         """KL(t ‖ p) = H(t, p) − H(t), what a better prediction would save, [...]."""
         truth, surprisals = self._outcomes()
-        return _products(truth, _log(truth) / _nats(self.base) + surprisals).sum(-1)
+        own = _log(np.where(truth == 0, 1.0, truth)) / _nats(self.base)  # 0 · log 0 = 0.
+        return _products(truth, own + surprisals).sum(-1)
 
     @property
     def perplexity(self) -> np.ndarray:
