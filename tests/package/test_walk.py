@@ -76,6 +76,11 @@ def cutmix(z, targets, keep):
     return xj.softmax_cross_entropy(images[:, 0, 0], targets)
 
 
+def best_classes(z):
+    """The classes of the three largest logits."""
+    return jax.lax.top_k(z, 3)[1]
+
+
 def rowwise(function):
     """Functions of one or two arrays of the batch, without targets."""
     two = "q" in inspect.signature(function).parameters
@@ -111,6 +116,20 @@ FUNCTIONS = {
     ),
     "multilabel_cross_entropy": lambda z, t, keep: xj.multilabel_cross_entropy(z, p(z), where=keep),
     "binary_cross_entropy": lambda z, t, keep: xj.binary_cross_entropy(p(z), z > 0),
+    "top_k_targets": lambda z, t, keep: xj.softmax_cross_entropy(
+        z, xj.top_k_targets(z**2, 3, temperature=2.0, tail="background"), where=keep
+    ),
+    "teacher_targets": lambda z, t, keep: xj.softmax_cross_entropy(
+        z, xj.teacher_targets(best_classes(z), z[:, :3]), where=keep
+    ),
+    "bucket_logits": lambda z, t, keep: xj.bucket_logits(z, best_classes(z)),
+    "info_nce": lambda z, t, keep: xj.info_nce(z, 2 * z, temperature=2.0, where=keep),
+    "nt_xent": lambda z, t, keep: xj.nt_xent(z, t, temperature=2.0, where=keep),
+    "supervised_contrastive": lambda z, t, keep: xj.supervised_contrastive(
+        z, t, temperature=2.0, where=keep
+    ),
+    "additive_margin": lambda z, t, keep: xj.additive_margin(xj.softmax_cross_entropy(z, t), 0.5),
+    "angular_margin": lambda z, t, keep: xj.angular_margin(jnp.cos(z), 0.5),
     "weighted_mean": lambda z, t, keep: xj.weighted_mean(
         xj.softmax_cross_entropy(z, t), where=keep
     ),
