@@ -152,6 +152,7 @@ def augmented(augmentation):
     return loss
 
 
+PAIRS = np.array([[0, 1], [2, 0], [1, 2], [0, 2]], np.int32)
 X, W = Z @ Z.T, np.array(P)
 IMAGES, KEY = np.broadcast_to(Z[:, None, None], (4, 5, 5, 3)), np.array([1, 2], np.uint32)
 EXPORTED = {
@@ -200,6 +201,17 @@ EXPORTED = {
     "dense_targets": (prepared(lambda t: xentjax.dense_targets(t, 3)), (Z, LABELS)),
     "mixup": (augmented(xentjax.mixup), (IMAGES, KEY, LABELS)),
     "cutmix": (augmented(xentjax.cutmix), (IMAGES, KEY, LABELS)),
+    "top_k_targets": (prepared(lambda t: xentjax.top_k_targets(t, 2)), (Z, Z[::-1])),
+    "teacher_targets": (prepared(xentjax.teacher_targets), (Z, PAIRS, Z[:, :2])),
+    "bucket_logits": (lambda z: xentjax.bucket_logits(z, PAIRS).sum(), (Z,)),
+    "info_nce": (mean(functools.partial(xentjax.info_nce, temperature=0.5)), (Z, P)),
+    "nt_xent": (mean(functools.partial(xentjax.nt_xent, temperature=0.5)), (Z, LABELS)),
+    "supervised_contrastive": (
+        mean(functools.partial(xentjax.supervised_contrastive, temperature=0.5)),
+        (Z, LABELS),
+    ),
+    "additive_margin": (mean(xentjax.additive_margin, 0.5), (P[:, 0],)),
+    "angular_margin": (mean(xentjax.angular_margin, 0.5), (P[:, 0],)),
     "soft_cap": (lambda z: xentjax.soft_cap(2.0)(z).sum(), (Z,)),
     "temperature": (lambda z: xentjax.temperature(2.0)(z).sum(), (Z,)),
 }
