@@ -342,6 +342,77 @@ def linear_options():
             yield Bad(transform, (value,), {}, *kind_of(name, "positive number", repr(value)))
 
 
+def teacher_calls():
+    for k, error in [
+        (0, shape_of("k", "[1, 3]", "0")),
+        (4, shape_of("k", "[1, 3]", "4")),
+        (2.0, kind_of("k", "an int", "2.0")),
+        (True, kind_of("k", "an int", "True")),
+    ]:
+        yield Bad(xj.top_k_targets, (Z, k), {}, *error)
+    yield Bad(xj.top_k_targets, (ints(4, 3), 2), {}, *kind_of("logits", FLOATS, "int32[4, 3]"))
+    for tail in ("bucket", None, 1):
+        options, error = {"tail": tail}, shape_of("tail", '"background"', repr(tail))
+        yield Bad(xj.top_k_targets, (Z, 2), options, *error)
+        yield Bad(xj.teacher_targets, (ints(4, 2), Z[:, :2]), options, *error)
+    for tau, error in [
+        (0.0, shape_of("temperature", "positive number", "0.0")),
+        (LOSSES, shape_of("temperature", "positive number", "[4]")),
+        ("warm", kind_of("temperature", "positive number", "'warm'")),
+    ]:
+        yield Bad(xj.top_k_targets, (Z, 2), {"temperature": tau}, *error)
+    for args, error in [
+        ((Z, Z), kind_of("indices", "integers", "float32[4, 3]")),
+        ((ints(4, 3), ints(4, 3)), kind_of("log_probabilities", FLOATS, "int32[4, 3]")),
+        ((ints(4, 2), Z), shape_of("log_probabilities", "(4, 2)", "[4, 3]")),
+        ((ints(4, 0), Z[:, :0]), shape_of("indices", "[..., K]", "[4, 0]")),
+    ]:
+        yield Bad(xj.teacher_targets, args, {}, *error)
+    for args, error in [
+        ((ints(4, 3), ints(4, 2)), kind_of("logits", FLOATS, "int32[4, 3]")),
+        ((Z, ints(3, 2)), shape_of("indices", "(4, 2)", "[3, 2]")),
+        ((Z, ints(4)), shape_of("indices", "(4, 4)", "[4]")),
+        ((Z, bools(4, 2)), kind_of("indices", "integers", "bool[4, 2]")),
+        ((Z[:, :0], ints(4, 2)), shape_of("logits", "at least one class", "[4, 0]")),
+    ]:
+        yield Bad(xj.bucket_logits, args, {}, *error)
+
+
+def contrast_calls():
+    for args, options, error in [
+        ((ints(4, 3), Z), {}, kind_of("queries", FLOATS, "int32[4, 3]")),
+        ((Z[0], Z), {}, shape_of("queries", "[N, D]", "[3]")),
+        ((Z, Z[:, :2]), {}, shape_of("keys", "3 features", "[4, 2]")),
+        ((Z, Z[:2]), {}, shape_of("keys", "at least 4", "[2, 3]")),
+        ((Z[:2], Z), {"symmetric": True}, shape_of("keys", "2 keys", "[4, 3]")),
+        ((Z, Z), {"symmetric": 1}, kind_of("symmetric", "True or False", "1")),
+        ((Z, Z), {"where": bools(3)}, shape_of("where", "(4,)", "[3]")),
+        ((Z, Z), {"where": ints(4)}, kind_of("where", "bool", "int32[4]")),
+        ((Z, Z), {"temperature": -1.0}, shape_of("temperature", "positive number", "-1.0")),
+    ]:
+        yield Bad(xj.info_nce, args, {"temperature": 1.0} | options, *error)
+    for function in (xj.nt_xent, xj.supervised_contrastive):
+        for args, options, error in [
+            ((ints(4, 3), LABELS), {}, kind_of("embeddings", FLOATS, "int32[4, 3]")),
+            ((Z[0], LABELS), {}, shape_of("embeddings", "[N, D]", "[3]")),
+            ((Z, LABELS[:2]), {}, shape_of("labels", "(4,)", "[2]")),
+            ((Z, LOSSES), {}, kind_of("labels", "integer labels", "float32[4]")),
+            ((Z, LABELS), {"where": bools(4, 1)}, shape_of("where", "(4,)", "[4, 1]")),
+            ((Z, LABELS), {"temperature": 0}, shape_of("temperature", "positive number", "0")),
+        ]:
+            yield Bad(function, args, {"temperature": 1.0} | options, *error)
+
+
+def margin_calls():
+    for function, name in [(xj.additive_margin, "losses"), (xj.angular_margin, "cosines")]:
+        yield Bad(function, (ints(4), 0.5), {}, *kind_of(name, FLOATS, "int32[4]"))
+        yield Bad(function, (LOSSES, LOSSES[:2]), {}, *shape_of("margin", "(4,)", "[2]"))
+        for margin in (-0.5, math.nan, math.inf):
+            yield Bad(function, (LOSSES, margin), {}, *shape_of("margin", "[0, ", str(margin)))
+        yield Bad(function, (LOSSES, "wide"), {}, *kind_of("margin", "a real number", "'wide'"))
+    yield Bad(xj.angular_margin, (LOSSES, 4.0), {}, *shape_of("margin", "[0, 3.14159]", "4.0"))
+
+
 BAD = [
     *softmax_calls(xj.softmax_cross_entropy),
     *softmax_calls(xj.softmax_cross_entropy_with_stats),
@@ -351,6 +422,9 @@ BAD = [
     *linear_options(),
     *sigmoid_calls(),
     *target_calls(),
+    *teacher_calls(),
+    *contrast_calls(),
+    *margin_calls(),
     *mixing_calls(),
     *reduction_calls(),
     *information_calls(),
@@ -376,6 +450,7 @@ HEAD = {
 }
 SOFTMAX = {"logits": Z, "targets": LABELS, "axis": -1, "where": KEEP}
 AUGMENTATION = {"targets": LABELS, "alpha": 0.4, "per_example": False, "where": KEEP, "axis": -1}
+CONTRAST = {"embeddings": Z, "labels": LABELS, "temperature": 0.5, "where": KEEP}
 PAIR = {"p": P, "q": P, "axis": -1, "base": 2}
 BATCHES = {"loss_fn": loss_fn, "microbatches": 2, "has_aux": False}
 
@@ -397,6 +472,14 @@ GOOD = {
     xj.sigmoid_binary_cross_entropy: {"logits": Z, "targets": P, "where": MASK},
     xj.multilabel_cross_entropy: {"logits": Z, "targets": P, "where": MASK, "axis": -1},
     xj.binary_cross_entropy: {"probabilities": P, "targets": P, "where": MASK},
+    xj.top_k_targets: {"logits": Z, "k": 2, "temperature": 2.0, "tail": "drop"},
+    xj.teacher_targets: {"indices": ints(4, 2), "log_probabilities": P[:, :2], "tail": "drop"},
+    xj.bucket_logits: {"logits": Z, "indices": ints(4, 2)},
+    xj.info_nce: {"queries": Z, "keys": P, "temperature": 0.5, "symmetric": True, "where": KEEP},
+    xj.nt_xent: CONTRAST,
+    xj.supervised_contrastive: CONTRAST,
+    xj.additive_margin: {"losses": LOSSES, "margin": 0.5},
+    xj.angular_margin: {"cosines": LOSSES, "margin": 0.5},
     xj.weighted_mean: {"losses": LOSSES, "axis": 0, "where": KEEP, "weights": LOSSES},
     xj.weighted_sum: {"losses": LOSSES, "axis": 0, "where": KEEP, "weights": LOSSES},
     xj.per_example: {"loss_fn": loss_fn, "gradients": False, "has_aux": False},
