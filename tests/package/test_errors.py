@@ -95,7 +95,7 @@ def test_odd_values_have_an_error_that_names_the_argument(function):
                 accepted.append((name, kind.removeprefix("shape of ")))
     assert not unclear
     # Labels of any shape are targets of something, and so are losses and logits.
-    takes_any = {"targets", "p", "logits", "losses", "nats", "b", "a"}
+    takes_any = {"targets", "p", "logits", "losses", "nats", "b", "a", "cosines"}
     assert {name for name, _ in accepted} <= takes_any, accepted
     assert all(kind in ("floats", "ints", "nan", "negative", "float8") for _, kind in accepted)
 
