@@ -39,6 +39,16 @@ losses, head_stats = xentjax.linear_softmax_cross_entropy_with_stats(
 )
 assert_type(head_stats.label_log_probability, jax.Array)
 
+teacher = assert_type(xentjax.top_k_targets(logits, 2), xentjax.SparseTargets)
+stored = xentjax.teacher_targets(teacher.indices, jnp.log(teacher.weights))
+assert_type(stored, xentjax.SparseTargets)
+assert_type(xentjax.bucket_logits(logits, teacher.indices), jax.Array)
+pairs = jnp.eye(4)
+assert_type(xentjax.info_nce(pairs, pairs, temperature=0.1), jax.Array)
+assert_type(xentjax.nt_xent(pairs, labels, temperature=0.1), jax.Array)
+assert_type(xentjax.supervised_contrastive(pairs, labels, temperature=0.1), jax.Array)
+assert_type(xentjax.additive_margin(losses, xentjax.angular_margin(losses, 0.5)), jax.Array)
+
 parts = assert_type(xentjax.WeightedSum.zero(), xentjax.WeightedSum)
 parts = assert_type(parts + xentjax.weighted_sum(losses), xentjax.WeightedSum)
 assert_type(parts.mean(), jax.Array)
