@@ -31,21 +31,78 @@ def inverse_scale(x: jax.Array) -> jax.Array:
     return jax.lax.bitcast_convert_type(inverse << info.nmant, x.dtype)
 
 
-def log(x: jax.Array) -> jax.Array:
-    """Returns log x.
+def times_log(p: jax.Array, x: jax.Array) -> jax.Array:
+    """Returns p · log x.
 
-    log x = log c + log1p((x − c) / c): the second derivative of the plain logarithm divides by x².
+    p · log x = p · log c + p · log(x / c)
     """
     regular = (x > 0) & jnp.isfinite(x)
     positive = jnp.where(regular, x, 1)
-    near_c = jnp.log(jax.lax.stop_gradient(positive)) + log_growth(positive)
-    return jnp.where(regular, near_c, jnp.log(jnp.where(regular, 1, x)))
+    near_c = p * jnp.log(jax.lax.stop_gradient(positive)) + times_log_growth(p, positive)
+    return jnp.where(regular, near_c, p * jnp.log(jnp.where(regular, 1, x)))
 
 
-def log_growth(x: jax.Array) -> jax.Array:
-    """Returns log(x / c) = log1p((x − c) / c) at c = x: 0, with the derivatives of log x > 0."""
+def times_log_growth(p: jax.Array, x: jax.Array) -> jax.Array:
+    """Returns p · log(x / c) at c = x: 0, with the derivatives of p · log x > 0.
+
+    With e = (x − c) / c it is Σ_n (−1)ⁿ⁺¹ / n · p · eⁿ. The second derivative of the plain
+    logarithm is 1 / x², which is no float32 for x = 1e-20; here each power has p in it. Four terms
+    give four derivatives.
+    """
+    return _power_series(p, relative_growth(x), [1, -1 / 2, -2 / 3, -3 / 4])
+
+
+def times_log_excess(x: jax.Array) -> jax.Array:
+    """Returns x · log(x / c) − (x − c) − (x − c)² / 2c at c = x: 0, from the third derivative on.
+
+    With e = (x − c) / c it is Σ_n (−1)ⁿ⁺¹ / (n (n + 1)) · (x − c) · eⁿ from n = 2.
+    """
+    growth = relative_growth(x)
+    change = x - jax.lax.stop_gradient(x)
+    return _power_series(change * growth, growth, [-1 / 6, -2 / 4])
+
+
+def relative_growth(x: jax.Array) -> jax.Array:
+    """Returns (x − c) / c at c = x: 0, with the derivative 1 / x, beside small factors too."""
     c = jax.lax.stop_gradient(x)
-    return jnp.log1p(quotient(x - c, c))
+    scale = inverse_scale(c)
+    return (x - c) / (c * scale) * scale
+
+
+def _power_series(first, e, ratios):
+    """Returns Σ_n first · (ratios_1 · e) · … · (ratios_n · e): each power is of the one before."""
+    power, total = first, jnp.zeros_like(first)
+    for ratio in ratios:
+        power = power * (ratio * e)
+        total = total + power
+    return total
+
+
+def exp_less_line(d: jax.Array) -> jax.Array:
+    """Returns exp(d) − 1 − d = d²/2 · (1 + d/3 · (1 + d/4 · (…))), without cancelling."""
+    near = jnp.abs(d) < 1
+    small = jnp.where(near, d, 0)
+    terms = 20 if d.dtype == jnp.float64 else 12
+    series = jnp.ones_like(d)
+    for n in range(terms, 2, -1):
+        series = 1 + small / n * series
+    return jnp.where(near, small * small / 2 * series, jnp.exp(jnp.where(near, 0, d)) - 1 - d)
+
+
+def log_ratio(p: jax.Array, q: jax.Array) -> jax.Array:
+    """Returns log(p / q) of positive numbers, to full relative precision where p is near q.
+
+    It is not made to be differentiated.
+    """
+    scale = inverse_scale(jnp.maximum(p, q))
+    p, q = p * scale, q * scale
+    near = jnp.abs(p - q) < q / 2
+    change = jnp.where(near, p - q, 0) / jnp.where(near, q, 1)
+    # One quotient loses less than two logarithms, if it is in range.
+    in_range = (p < 1e30 * q) & (q < 1e30 * p)
+    ratio = jnp.where(in_range, p, 1) / jnp.where(in_range, q, 1)
+    far = jnp.where(in_range, jnp.log(ratio), jnp.log(p) - jnp.log(q))
+    return jnp.where(near, log1p(change), far)
 
 
 def log1p(x: jax.Array) -> jax.Array:

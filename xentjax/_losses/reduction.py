@@ -11,6 +11,7 @@ from jaxtyping import Array, ArrayLike, Float
 
 from xentjax._jax import arithmetic, checks, value_checks
 from xentjax._jax.dtypes import wide_dtype
+from xentjax._losses import arguments
 
 
 @jax.tree_util.register_dataclass
@@ -50,7 +51,8 @@ class WeightedSum:
         """Makes arrays of the sums, and errors of 0, where a caller gave the sums alone."""
         if self.total_errors or self.weight_errors:
             return
-        total, weight = _as_losses("total", self.total), checks.as_array("weight", self.weight)
+        total = arguments.as_wide("total", self.total)
+        weight = checks.as_array("weight", self.weight)
         _check_weights("weight", weight, total.shape, "that of total")
         none = (jnp.zeros_like(total), jnp.zeros_like(total))
         object.__setattr__(self, "total", total)
@@ -131,7 +133,7 @@ def weighted_sum(
       >>> print(s.total, s.weight)
       5.0 4.0
     """
-    losses = _as_losses("losses", losses)
+    losses = arguments.as_wide("losses", losses)
     axes = tuple(range(losses.ndim)) if axis is None else checks.canonical_axes(axis, losses.ndim)
     weights = jnp.ones_like(losses) if weights is None else checks.as_array("weights", weights)
     _check_weights("weights", weights, losses.shape, "that of losses")
@@ -191,13 +193,6 @@ def weighted_mean(
     """
     parts = weighted_sum(losses, axis=axis, where=where, weights=weights)
     return (parts if axis_name is None else parts.psum(axis_name)).mean()
-
-
-def _as_losses(name: str, losses: ArrayLike) -> jax.Array:
-    """Returns losses in the dtype in which they are summed."""
-    losses = checks.as_array(name, losses)
-    checks.check_floating(name, losses)
-    return losses.astype(wide_dtype(losses.dtype))
 
 
 def _check_weights(name: str, weights: jax.Array, shape: tuple[int, ...], why: str) -> None:

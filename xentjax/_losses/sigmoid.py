@@ -174,9 +174,9 @@ def _masked_loss(loss, predictions, targets, where):
 @jax.jit
 def _binary_cross_entropy(probabilities, t):
     p = probabilities.astype(t.dtype)
-    yes = 0 - arithmetic.log(jnp.where((t == 0) & (p == 0), 1, p))
+    yes = 0 - arithmetic.times_log(t, jnp.where((t == 0) & (p == 0), 1, p))
     no = 0 - arithmetic.log1p(-jnp.where((t == 1) & (p == 1), 0, p))
-    return t * yes + (1 - t) * no  # 0 less a logarithm is not −0.
+    return yes + (1 - t) * no  # 0 less a logarithm is not −0.
 
 
 @dataclasses.dataclass(frozen=True)
