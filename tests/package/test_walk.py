@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import jit, target_forms
+from cases import jit, mainly, target_forms
 from compilations import no_compilation
 from jax import export
 from jax.sharding import NamedSharding
@@ -72,7 +72,7 @@ def sparse(targets):
 def cutmix(z, targets, keep):
     """Images of 2 by 2 pixels, of 8 channels each."""
     images = jnp.stack([jnp.stack([z, z], axis=1)] * 2, axis=1)
-    images, targets = xj.cutmix(KEY, images, targets, 0.4)
+    images, targets = xj.cutmix(KEY, images, targets, 0.4, image_axes=(1, 2))
     return xj.softmax_cross_entropy(images[:, 0, 0], targets)
 
 
@@ -152,6 +152,12 @@ FORMS = ["labels", "dense", "smoothed", "prior", "two backgrounds", "teacher"]
 CASES = [(name, "labels") for name in FUNCTIONS] + [
     (name, form) for name in LOSSES for form in FORMS[1:]
 ]
+# Each function with labels, and each loss with one more form: the forms go round.
+CORE = [(name, "labels") for name in FUNCTIONS] + [
+    (name, FORMS[1 + i % 5]) for i, name in enumerate(LOSSES)
+]
+CORE_OF_LOSSES = CORE[len(FUNCTIONS) :]
+OF_LOSSES = [(name, form) for name in LOSSES for form in FORMS]
 
 
 def test_every_public_function_is_walked():
@@ -198,8 +204,9 @@ def strictly(x64):
         yield
 
 
-@pytest.mark.parametrize(("name", "form_name"), CASES)
-def test_float32_is_float32_under_x64_and_strict_promotion(name, form_name):
+@pytest.mark.parametrize("case", mainly(CASES, *CORE), ids=str)
+def test_float32_is_float32_under_x64_and_strict_promotion(case):
+    name, form_name = case
     want = plain_result(name, form_name)
     assert {x.dtype for x in jax.tree.leaves(want)} == {np.dtype(np.float32)}
     with strictly(x64=True):
@@ -235,8 +242,10 @@ LARGE = {
 }
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
-@pytest.mark.parametrize("form_name", LARGE)
+@pytest.mark.parametrize(
+    "dtype", mainly([jnp.float32, jnp.bfloat16, jnp.float16], jnp.float32, jnp.bfloat16)
+)
+@pytest.mark.parametrize("form_name", mainly(LARGE, "labels", "two backgrounds"))
 def test_large_arrays_keep_their_dtype_under_x64(form_name, dtype):
     """Every path of one CPU is traced; nothing is compiled."""
     function, num_classes = LARGE[form_name]
@@ -257,13 +266,16 @@ def test_large_arrays_keep_their_dtype_under_x64(form_name, dtype):
 
 
 @pytest.mark.parametrize(
-    ("name", "form_name", "axis_type"),
-    [(*case, EXPLICIT) for case in CASES]
-    # XLA alone splits arrays on automatic axes: two forms show it.
-    + [(*case, AUTO) for case in CASES if case[1] in ("labels", "two backgrounds")],
+    "case",
+    mainly(
+        [(*case, kind) for case in CASES for kind in (EXPLICIT, AUTO)],
+        *[(*case, EXPLICIT) for case in CORE],
+        *[(*case, AUTO) for case in CORE_OF_LOSSES],  # XLA alone splits arrays on automatic axes.
+    ),
     ids=str,
 )
-def test_a_batch_split_over_devices(name, form_name, axis_type):
+def test_a_batch_split_over_devices(case):
+    name, form_name, axis_type = case
     mesh = make_mesh((4,), ("data",), axis_type)
 
     def place(x):
@@ -276,8 +288,9 @@ def test_a_batch_split_over_devices(name, form_name, axis_type):
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
-@pytest.mark.parametrize(("name", "form_name"), CASES)
-def test_an_empty_batch(name, form_name, dtype):
+@pytest.mark.parametrize("case", mainly(CASES, *CORE), ids=str)
+def test_an_empty_batch(case, dtype):
+    name, form_name = case
     empty = jax.tree.map(lambda x: x[:0] if np.shape(x)[:1] == (BATCH,) else x, form(form_name))
     z = jnp.zeros((0, CLASSES), dtype)
     if dtype == jnp.float32:
@@ -290,23 +303,30 @@ def test_an_empty_batch(name, form_name, dtype):
     assert (gradient.shape, gradient.dtype) == (z.shape, dtype)
 
 
-@pytest.mark.parametrize("name", FUNCTIONS)
-def test_a_second_eager_call_compiles_nothing(name):
-    forms = ("labels", "prior") if name in LOSSES else ("labels",)
-    args = [jax.tree.map(jnp.asarray, (Z, form(form_name), KEEP)) for form_name in forms]
+@pytest.mark.parametrize(
+    "case",
+    mainly(
+        [(name, "labels") for name in FUNCTIONS] + [(name, "prior") for name in LOSSES],
+        *[(name, "labels") for name in FUNCTIONS],
+        ("softmax_cross_entropy", "prior"),
+    ),
+    ids=str,
+)
+def test_a_second_eager_call_compiles_nothing(case):
+    name, form_name = case
+    args = jax.tree.map(jnp.asarray, (Z, form(form_name), KEEP))
 
     def call():
-        for each in args:
-            jax.block_until_ready((FUNCTIONS[name](*each), value_and_gradient(name)(*each)))
+        jax.block_until_ready((FUNCTIONS[name](*args), value_and_gradient(name)(*args)))
 
     call()
     with no_compilation():
         call()
 
 
-@pytest.mark.parametrize("name", LOSSES)
-@pytest.mark.parametrize("form_name", FORMS)
-def test_export_of_a_batch_of_any_size(name, form_name):
+@pytest.mark.parametrize("case", mainly(OF_LOSSES, *CORE_OF_LOSSES), ids=str)
+def test_export_of_a_batch_of_any_size(case):
+    name, form_name = case
     (batch,) = export.symbolic_shape("batch")
     symbolic = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(
@@ -320,7 +340,7 @@ def test_export_of_a_batch_of_any_size(name, form_name):
 
 
 @pytest.mark.parametrize("name", LOSSES)
-@pytest.mark.parametrize("form_name", ["labels", "smoothed"])
+@pytest.mark.parametrize("form_name", mainly(["labels", "smoothed"], "smoothed"))
 def test_debug_nans_finds_none_behind_a_mask(name, form_name):
     labels = jnp.where(KEEP, form("labels"), -100)
     targets = labels if form_name == "labels" else xj.smooth_labels(labels, 0.1)
@@ -334,10 +354,19 @@ def test_debug_nans_finds_none_behind_a_mask(name, form_name):
 MASKED_INSIDE = {"linear_softmax_cross_entropy", "softmax_cross_entropy of a class mask"}
 
 
-@pytest.mark.parametrize("name", [name for name in LOSSES if name not in MASKED_INSIDE])
-@pytest.mark.parametrize("form_name", FORMS)
-def test_a_row_with_a_cotangent_of_0_has_the_gradient_0(name, form_name):
+@pytest.mark.parametrize(
+    "case",
+    mainly(
+        [case for case in OF_LOSSES if case[0] not in MASKED_INSIDE],
+        *[case for case in CORE_OF_LOSSES if case[0] not in MASKED_INSIDE],
+        ("softmax_cross_entropy_with_stats", "labels"),
+        ("softmax_cross_entropy_with_stats", "dense"),
+    ),
+    ids=str,
+)
+def test_a_row_with_a_cotangent_of_0_has_the_gradient_0(case):
     """Whatever is in it: the mask was given to the mean alone."""
+    name, form_name = case
     t, z = form(form_name), Z.copy()
     if form_name == "labels":
         t = np.where(KEEP, t, -100).astype(np.int32)
