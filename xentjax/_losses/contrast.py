@@ -14,10 +14,10 @@ from jaxtyping import Array, ArrayLike, Float
 from xentjax._jax import checks
 from xentjax._jax import mesh as meshes
 from xentjax._jax.dtypes import wide, wide_dtype
-from xentjax._losses import arguments, logit_transform
+from xentjax._losses import logit_transform
 from xentjax._losses.linear import linear_softmax_cross_entropy
-from xentjax._losses.softmax import softmax_cross_entropy
 from xentjax._softmax import reference
+from xentjax._targets.mass import DenseMass
 
 ROWS = 256
 """So many rows of similarities are in memory at once."""
@@ -122,7 +122,7 @@ def _against_keys(queries, keys, tau, where, axes):
 
 def nt_xent(
     embeddings: ArrayLike,
-    labels: ArrayLike,
+    labels: ArrayLike | Sequence[int],
     *,
     temperature: ArrayLike,
     where: ArrayLike | None = None,
@@ -167,7 +167,7 @@ def nt_xent(
 
 def supervised_contrastive(
     embeddings: ArrayLike,
-    labels: ArrayLike,
+    labels: ArrayLike | Sequence[int],
     *,
     temperature: ArrayLike,
     where: ArrayLike | None = None,
@@ -226,7 +226,7 @@ def _of_labels(loss_of_row, embeddings, labels, temperature, where, axis_name):
     return meshes.on_automatic_axes(run, x, (1,), others)(x, *others)
 
 
-@arguments.jit_unless_traced("loss_of_row", "axes")
+@functools.partial(jax.jit, static_argnames=("loss_of_row", "axes"))
 def _by_blocks_of_rows(x, labels, tau, where, loss_of_row, axes):
     x = wide(x)
     if x.shape[0] == 0:
@@ -262,8 +262,9 @@ def _nt_xent_of_row(similarities, is_partner, is_stranger):
 
 def _supervised_of_row(similarities, is_partner, is_stranger):
     count = jnp.maximum(is_partner.sum(dtype=similarities.dtype), 1)
-    targets = is_partner.astype(similarities.dtype) / count
-    return softmax_cross_entropy(similarities, targets, where=is_partner | is_stranger)
+    targets = DenseMass(is_partner.astype(similarities.dtype) / count)
+    others = jnp.where(is_partner | is_stranger, similarities, -jnp.inf)
+    return reference.cross_entropy(others, targets)[0]
 
 
 def _as_embeddings(name, x):

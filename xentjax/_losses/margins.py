@@ -11,8 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float
 
-from xentjax._jax import checks
-from xentjax._jax.dtypes import wide
+from xentjax._losses import arguments
 from xentjax._targets.transforms import as_number
 
 
@@ -51,10 +50,8 @@ def additive_margin(losses: ArrayLike, margin: ArrayLike) -> Float[Array, "*batc
     Source:
       Wang et al., CosFace: Large Margin Cosine Loss for Deep Face Recognition, 2018, equation 4.
     """
-    losses = checks.as_array("losses", losses)
-    checks.check_floating("losses", losses)
+    losses = arguments.as_wide("losses", losses)
     margin = as_number("margin", margin, 0, math.inf, losses.shape)
-    losses = wide(losses)
     return _additive_margin(losses, jnp.asarray(margin, losses.dtype))
 
 
@@ -88,10 +85,8 @@ def angular_margin(cosines: ArrayLike, margin: ArrayLike) -> Float[Array, "*batc
     Source:
       Deng et al., ArcFace: Additive Angular Margin Loss for Deep Face Recognition, 2019, eq. 3.
     """
-    cosines = checks.as_array("cosines", cosines)
-    checks.check_floating("cosines", cosines)
+    cosines = arguments.as_wide("cosines", cosines)
     margin = as_number("margin", margin, 0, math.pi, cosines.shape)
-    cosines = wide(cosines)
     return _angular_margin(cosines, jnp.asarray(margin, cosines.dtype))
 
 
