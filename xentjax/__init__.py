@@ -2,6 +2,7 @@
 
 Targets: what the truth looks like.
   SparseTargets: mass on K classes for each example, and the rest spread over a background
+  LinearTargets: the softmax of a teacher's head, whose logits are never all in memory
   Targets: the type of labels, dense masses and SparseTargets
   smooth_labels: label smoothing
   mix_targets: a share of one target, and the rest of another
@@ -26,7 +27,27 @@ Losses of the layer before the logits, for large vocabularies.
 Losses of yes or no.
   sigmoid_binary_cross_entropy: of logits, element by element
   multilabel_cross_entropy: of logits, summed over the labels of an example
+  asymmetric_cross_entropy: of logits, with an easy no that counts less, or nothing
   binary_cross_entropy: of probabilities, element by element
+  smooth_binary_labels: label smoothing of yes and no
+
+Shapes of a loss of hard labels.
+  focal: counts less what is probable already
+  poly1: counts 1 − p more, or less
+  generalized: robust to wrong labels
+
+Class weights.
+  class_balanced_weights: from how many examples each class has
+
+Calibration.
+  fit_temperature: the temperature that makes logits fit best
+  expected_calibration_error: how far confidence is from accuracy
+  reliability_bins: the data of a reliability diagram
+  ReliabilityBins: those, as sums that add
+  brier_score: the squared error of the probabilities
+
+Curvature.
+  softmax_hessian_product: the Hessian of the softmax cross-entropy in the logits, times a vector
 
 Some classes, and all others as one outcome.
   bucket_logits: from logits
@@ -66,6 +87,8 @@ Information, of probabilities and of logits.
   softmax_entropy: of softmax(logits)
   softmax_kl_divergence: of two softmaxes, from logits
   softmax_js_divergence: of two softmaxes from their middle, from logits
+  target_entropy: of targets of any form
+  target_kl_divergence: of softmax(logits) from targets of any form
 
 Explaining.
   explain: every link from a prediction to its loss, as text, table and picture
@@ -79,6 +102,14 @@ from xentjax._explain.explanation import Explanation, explain
 from xentjax._jax.value_checks import value_checks
 from xentjax._losses.buckets import bucket_logits
 from xentjax._losses.contrast import info_nce, nt_xent, supervised_contrastive
+from xentjax._losses.calibration import (
+    ReliabilityBins,
+    brier_score,
+    expected_calibration_error,
+    fit_temperature,
+    reliability_bins,
+)
+from xentjax._losses.curvature import softmax_hessian_product
 from xentjax._losses.information import (
     cross_entropy,
     entropy,
@@ -94,7 +125,9 @@ from xentjax._losses.linear import (
 from xentjax._losses.logit_transform import soft_cap, temperature
 from xentjax._losses.margins import additive_margin, angular_margin
 from xentjax._losses.reduction import WeightedSum, weighted_mean, weighted_sum
+from xentjax._losses.shapes import focal, generalized, poly1
 from xentjax._losses.sigmoid import (
+    asymmetric_cross_entropy,
     binary_cross_entropy,
     multilabel_cross_entropy,
     sigmoid_binary_cross_entropy,
@@ -107,6 +140,7 @@ from xentjax._losses.softmax_information import (
     softmax_surprisal,
 )
 from xentjax._losses.stats import SoftmaxStats
+from xentjax._losses.target_information import target_entropy, target_kl_divergence
 from xentjax._parallel.accumulation import accumulate_gradients
 from xentjax._parallel.data import data_parallel, pmap_data_parallel
 from xentjax._parallel.examples import per_example
@@ -116,6 +150,9 @@ from xentjax._parallel.vocab import (
     vocab_parallel_softmax_cross_entropy,
     vocab_parallel_softmax_cross_entropy_with_stats,
 )
+from xentjax._targets.linear import LinearTargets
+from xentjax._targets.balance import class_balanced_weights
+from xentjax._targets.binary import smooth_binary_labels
 from xentjax._targets.mixing import cutmix, mixup
 from xentjax._targets.top_k import teacher_targets, top_k_targets
 from xentjax._targets.transforms import dense_targets, mix_targets, reweight_targets, smooth_labels
@@ -126,6 +163,7 @@ __version__ = "0.1.0"
 __all__ = [
     # What the truth looks like.
     "SparseTargets",
+    "LinearTargets",
     "Targets",
     "smooth_labels",
     "mix_targets",
@@ -147,7 +185,21 @@ __all__ = [
     # Yes or no, once or for each label.
     "sigmoid_binary_cross_entropy",
     "multilabel_cross_entropy",
+    "asymmetric_cross_entropy",
     "binary_cross_entropy",
+    "smooth_binary_labels",
+    # Shapes of a loss, and class weights.
+    "focal",
+    "poly1",
+    "generalized",
+    "class_balanced_weights",
+    # Calibration, and curvature.
+    "fit_temperature",
+    "expected_calibration_error",
+    "reliability_bins",
+    "ReliabilityBins",
+    "brier_score",
+    "softmax_hessian_product",
     # Some classes, and all others as one outcome.
     "bucket_logits",
     # Contrast.
@@ -181,6 +233,8 @@ __all__ = [
     "softmax_entropy",
     "softmax_kl_divergence",
     "softmax_js_divergence",
+    "target_entropy",
+    "target_kl_divergence",
     # Explaining.
     "explain",
     "Explanation",

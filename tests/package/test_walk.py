@@ -100,6 +100,9 @@ FUNCTIONS = {
     "linear_softmax_cross_entropy recomputed": functools.partial(
         of_head, memory_budget=0, reduction="none"
     ),
+    "linear_softmax_cross_entropy of a teacher": lambda z, t, keep: of_head(
+        z, xj.LinearTargets(z[:, 4:], KERNEL.astype(z.dtype)[::-1], bias=Z[0, :]), keep
+    ),
     "linear_softmax_cross_entropy_with_stats": lambda z, t, keep: with_z_loss(
         *head_stats(z, t, keep)
     ),
@@ -147,7 +150,7 @@ FUNCTIONS = {
     "softmax_kl_divergence": lambda z, t, keep: xj.softmax_kl_divergence(z, 2 * z, where=keep),
 }
 TRANSFORMS = {"soft_cap", "temperature"}  # They keep the dtype of their argument.
-LOSSES = [name for name in FUNCTIONS if "softmax_cross_entropy" in name]
+LOSSES = [n for n in FUNCTIONS if "softmax_cross_entropy" in n and "teacher" not in n]
 FORMS = ["labels", "dense", "smoothed", "prior", "two backgrounds", "teacher"]
 CASES = [(name, "labels") for name in FUNCTIONS] + [
     (name, form) for name in LOSSES for form in FORMS[1:]

@@ -148,8 +148,8 @@ def as_mass(
 
 
 def on_shard(mass: Mass, size: int, mesh_axes: tuple[Hashable, ...]) -> Mass:
-    """Returns the mass on the `size` classes of this device; dense mass is on them already."""
-    if not mesh_axes or isinstance(mass, masses.DenseMass):
+    """Returns the mass on the `size` classes of this device; only sparse mass is on others too."""
+    if not mesh_axes or not isinstance(mass, masses.SparseMass):
         return mass
     return mass.block(jax.lax.axis_index(mesh_axes) * size, size)
 

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Hashable
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -14,21 +14,23 @@ from xentjax._jax import checks, value_checks
 from xentjax._jax import mesh as meshes
 from xentjax._jax.dtypes import wide_dtype
 from xentjax._jax.rule import apply
-from xentjax._losses import arguments, stats
+from xentjax._losses import arguments, linear_targets, stats
 from xentjax._losses.logit_transform import LogitTransform, converted
 from xentjax._losses.stats import SoftmaxStats
 from xentjax._softmax.cross_entropy import masked
-from xentjax._softmax.head_blocks import Head, HeadPlan, Params
+from xentjax._softmax.head_blocks import Head, HeadPlan, Params, num_classes_of
 from xentjax._softmax.head_kept import Coefficients, HeadTotal
 from xentjax._softmax.head_recomputed import HeadLosses
-from xentjax._targets.mass import DenseMass, Mass, map_examples, times
+from xentjax._softmax.head_teacher import HeadMass, TeacherMass
+from xentjax._targets.linear import LinearTargets
+from xentjax._targets.mass import DenseMass, map_examples, times
 from xentjax._targets.types import Targets
 
 
 def linear_softmax_cross_entropy(
     inputs: ArrayLike,
     kernel: ArrayLike,
-    targets: Targets,
+    targets: Targets | LinearTargets,
     *,
     bias: ArrayLike | None = None,
     class_axis: int = -1,
@@ -42,7 +44,8 @@ def linear_softmax_cross_entropy(
 ) -> Float[Array, "*batch"]:
     """Cross-entropy of the logits inputs @ kernel + bias, which are never all in memory.
 
-    loss = Σ_v t_v · (lse(z) − z_v) + z_loss · lse(z)²,   z = logit_transform(inputs @ kernel + bias)
+    loss = Σ_v t_v · (lse(z) − z_v) + z_loss · lse(z)²
+    z = logit_transform(inputs @ kernel + bias)
 
     Equal to `softmax_cross_entropy` of those logits, and differentiable as often, with the logits
     made and used block by block. bfloat16 and float16 operands are multiplied as they are and
@@ -55,7 +58,8 @@ def linear_softmax_cross_entropy(
       inputs: The features of each token, float[..., D].
       kernel: float[D, V]; or float[V, D], as of an embedding that is tied, with class_axis=0. It is
         not transposed in memory.
-      targets: Labels int[...], dense float[..., V], or SparseTargets, of the batch of inputs.
+      targets: Labels int[...], dense float[..., V], SparseTargets, or the LinearTargets of a
+        teacher's head, of the batch of inputs.
       bias: float[V].
       class_axis: The axis of the kernel that counts classes: 0, or 1 or −1.
       class_mask: The classes that there are, bool[V], such as those before the padding of a
@@ -105,7 +109,7 @@ def linear_softmax_cross_entropy(
 def linear_softmax_cross_entropy_with_stats(
     inputs: ArrayLike,
     kernel: ArrayLike,
-    targets: Targets,
+    targets: Targets | LinearTargets,
     *,
     bias: ArrayLike | None = None,
     class_axis: int = -1,
@@ -121,7 +125,8 @@ def linear_softmax_cross_entropy_with_stats(
     Args:
       inputs: The features of each token, float[..., D].
       kernel: float[D, V], or float[V, D] with class_axis=0.
-      targets: Labels int[...], dense float[..., V], or SparseTargets, of the batch of inputs.
+      targets: Labels int[...], dense float[..., V], SparseTargets, or the LinearTargets of a
+        teacher's head, of the batch of inputs.
       bias: float[V].
       class_axis: The axis of the kernel that counts classes: 0, or 1 or −1.
       class_mask: The classes that there are, bool[V].
@@ -169,17 +174,51 @@ class Call(NamedTuple):
     tokens: "Tokens"
     params: Params
     order: jax.Array | None
-    whole_mass: Mass
+    whole_mass: HeadMass
+
+    def with_labels(self) -> "Call":
+        """Returns the call with the heaviest class of each token."""
+        if isinstance(self.whole_mass, TeacherMass):
+            labels = linear_targets.heaviest(self.head, cast(TeacherMass, self.tokens.mass))
+        else:
+            labels = stats.heaviest(self.whole_mass, self.head.axes)
+        tokens = self.tokens._replace(labels=labels.reshape(self.tokens.weights.shape))
+        return self._replace(tokens=tokens)
+
+    def with_kept_tokens_first(self) -> "Call":
+        """Returns the call with masked tokens last, so that chunks of them are left out.
+
+        Tokens stay where they are if one chunk has all of them, and where dense mass would be
+        copied.
+        """
+        num_tokens, chunk = self.tokens.inputs.shape[0], self.head.plan.tokens
+        is_one_chunk = chunk is num_tokens or chunk >= num_tokens
+        if is_one_chunk or isinstance(self.tokens.mass, DenseMass):
+            return self
+        is_masked = ~cast(jax.Array, self.tokens.mask)
+        order = jnp.argsort(is_masked, stable=True).astype(jnp.int32)
+        tokens = map_examples(lambda x: x.at[order].get(unique_indices=True), self.tokens)
+        return self._replace(tokens=tokens, order=order)
 
     def losses(self) -> tuple[jax.Array, ...]:
         """Returns the arrays of `HeadLosses`, in the order of the batch."""
         inputs, mass, mask, _, labels = self.tokens
+        if labels is not None and self.head.axes:
+            first = jax.lax.axis_index(self.head.axes) * num_classes_of(self.head, self.params)
+            labels = labels - first.astype(jnp.int32)
         out = apply(HeadLosses(self.head), inputs, self.params, mass, mask, labels)
         return tuple(map(self.in_batch, out))
 
     def in_batch(self, x: jax.Array) -> jax.Array:
         """Returns an array of tokens read, [N], in the order of the batch."""
         return x if self.order is None else x.at[self.order].set(x, unique_indices=True)
+
+    def is_correct(self, predictions: jax.Array) -> jax.Array:
+        """Returns whether no class has more mass than the prediction of each token, [...]."""
+        if isinstance(self.whole_mass, TeacherMass):
+            labels = self.in_batch(cast(jax.Array, self.tokens.labels))
+            return labels.reshape(predictions.shape) == predictions
+        return stats.is_heaviest(self.whole_mass, predictions, self.head.axes)
 
     def total(self, coefficients: Coefficients) -> jax.Array:
         """Returns the total of losses and of squared log-normalizers."""
@@ -195,11 +234,11 @@ class Tokens(NamedTuple):
       mass: On this device's classes.
       mask: The tokens kept, bool[N], or None.
       weights: Of their losses, [N].
-      labels: The heaviest class of each, counted from this device's first, or None.
+      labels: The heaviest class of each, of all devices' classes, or None.
     """
 
     inputs: jax.Array
-    mass: Mass
+    mass: HeadMass
     mask: jax.Array | None
     weights: jax.Array
     labels: jax.Array | None
@@ -267,7 +306,9 @@ def as_arrays(
     return Arrays(
         floating("inputs", inputs),
         floating("kernel", kernel),
-        arguments.as_arrays(targets),
+        linear_targets.as_arrays(targets)
+        if isinstance(targets, LinearTargets)
+        else arguments.as_arrays(targets),
         optional(floating, "bias", bias),
         optional(boolean, "class_mask", class_mask),
         optional(boolean, "where", where),
@@ -279,7 +320,9 @@ def as_arrays(
 def prepare(arrays: Arrays, options: Options) -> Call:
     """Checks shapes and options, all at trace time, and returns the Call that they make."""
     inputs, kernel, targets, bias, class_mask, where, weights, _ = arrays
-    class_axis, (batch, num_classes) = _checked_shapes(inputs, kernel, options.class_axis)
+    class_axis, (batch, num_classes) = linear_targets.checked_shapes(
+        "", inputs, kernel, options.class_axis
+    )
     for name, x in (("bias", bias), ("class_mask", class_mask)):
         if x is not None:
             checks.check_shape(name, x, (num_classes,), "the classes of kernel")
@@ -290,32 +333,35 @@ def prepare(arrays: Arrays, options: Options) -> Call:
     _check_values(inputs, kernel, bias, where, weights)
     mask = _mask_of_tokens(where, class_mask, batch, options.axes)
     shape = (*batch, num_classes)
-    whole_mass = arguments.as_mass(targets, shape, dtype, mask, mesh_axes=options.axes)
-    mass = arguments.on_shard(whole_mass, num_classes, options.axes)
-    labels = _labels_on_shard(whole_mass, num_classes, options) if options.with_stats else None
+    if isinstance(targets, LinearTargets):
+        mass = whole_mass = linear_targets.as_mass(targets, shape, dtype, mask, class_mask)
+    else:
+        whole_mass = arguments.as_mass(targets, shape, dtype, mask, mesh_axes=options.axes)
+        mass = arguments.on_shard(whole_mass, num_classes, options.axes)
     w = jnp.ones(batch, dtype) if weights is None else weights.astype(dtype)
-    tokens = Tokens(masked(inputs, mask), mass, mask, masked(w, mask), labels)
+    tokens = Tokens(masked(inputs, mask), mass, mask, masked(w, mask), None)
     num_tokens, features = math.prod(batch), inputs.shape[-1]
     tokens = map_examples(lambda x: x.reshape(num_tokens, *x.shape[len(batch) :]), tokens)
 
     # In a shard_map, arrays that meet in a loop must vary over the same devices.
     over = meshes.varying_axes((tokens, kernel, bias, class_mask))
     transform, constants, over = converted(options.logit_transform, dtype, over)
-    params = Params(*meshes.varying((kernel, bias, class_mask), over), constants)
+    kernel, bias, class_mask = meshes.varying((kernel, bias, class_mask), over)
+    params = Params(kernel, bias, class_mask, constants)
+    inputs, mass = meshes.varying((tokens.inputs, tokens.mass), over)
+    mask, w = meshes.varying((tokens.mask, tokens.weights), over.difference(options.axes))
+    tokens = Tokens(inputs, mass, mask, w, None)
     plan = options.plan or make_plan(
         (num_tokens, features, num_classes),
         dtype.itemsize,
         options.memory_budget,
         jax.lax.axis_size(options.axes) if options.axes else 1,
     )
-    order = _order(where, tokens, plan)
-    if order is not None:
-        tokens = map_examples(lambda x: x.at[order].get(unique_indices=True), tokens)
-    inputs, mass, mask, w, labels = tokens
-    shared = meshes.varying((mask, w), over.difference(options.axes))
-    tokens = Tokens(*meshes.varying((inputs, mass), over), *shared, meshes.varying(labels, over))
     head = Head(class_axis, transform, plan, options.axes, options.with_stats)
-    return Call(head, tokens, params, order, whole_mass)
+    call = Call(head, tokens, params, None, whole_mass)
+    if options.with_stats:
+        call = call.with_labels()
+    return call if where is None else call.with_kept_tokens_first()
 
 
 def _mask_of_tokens(where, class_mask, batch, axes):
@@ -329,26 +375,6 @@ def _mask_of_tokens(where, class_mask, batch, axes):
     return is_left if where is None else where & is_left
 
 
-def _labels_on_shard(mass, num_classes, options):
-    """Returns the heaviest class of each token, counted from the first on this device."""
-    labels = stats.heaviest(mass, options.axes)
-    if not options.axes:
-        return labels
-    return labels - (jax.lax.axis_index(options.axes) * num_classes).astype(jnp.int32)
-
-
-def _order(where, tokens, plan):
-    """Returns an order of tokens with those kept first, so that chunks of the others are left out.
-
-    None keeps the order: where one chunk has all tokens, and where dense mass would be copied.
-    """
-    num_tokens = tokens.inputs.shape[0]
-    is_one_chunk = plan.tokens is num_tokens or plan.tokens >= num_tokens
-    if where is None or is_one_chunk or isinstance(tokens.mass, DenseMass):
-        return None
-    return jnp.argsort(~tokens.mask, stable=True).astype(jnp.int32)
-
-
 def _check_values(inputs, kernel, bias, where, weights):
     """Under `value_checks`, checks that logits can be made without NaN, and weights are ≥ 0."""
     value_checks.check_not_nan("inputs", inputs, where)
@@ -357,29 +383,6 @@ def _check_values(inputs, kernel, bias, where, weights):
         value_checks.check_not_nan("bias", bias)
     if weights is not None:
         value_checks.check_masses("weights", weights, where)
-
-
-def _checked_shapes(inputs, kernel, class_axis):
-    """Returns (class_axis as 0 or 1, (batch, number of classes))."""
-    checks.check(
-        inputs.ndim >= 1, f"inputs: expected shape [..., D], got {checks.describe(inputs)}"
-    )
-    checks.check(
-        kernel.ndim == 2,
-        f"kernel: expected shape [D, V], or [V, D] with class_axis=0, got "
-        f"{checks.describe(kernel)}",
-    )
-    expected = f"class_axis: expected −2, −1, 0 or 1, got {class_axis!r}"
-    checks.check(checks.is_int(class_axis), expected, TypeError)
-    checks.check(class_axis in (-2, -1, 0, 1), expected)
-    class_axis %= 2
-    (*batch, features), num_classes = inputs.shape, kernel.shape[class_axis]
-    checks.check(
-        kernel.shape[1 - class_axis] == features and num_classes > 0,
-        f"kernel: expected {features} features (those of inputs) on axis {1 - class_axis} and at "
-        f"least one class on axis {class_axis}, got {checks.describe(kernel)}",
-    )
-    return class_axis, (tuple(batch), num_classes)
 
 
 def losses_of(arrays: Arrays, options: Options, reduction: str) -> Float[Array, "*batch"]:
@@ -415,7 +418,7 @@ def losses_and_stats(
     told = SoftmaxStats(
         log_normalizer,
         prediction,
-        stats.is_heaviest(call.whole_mass, prediction, options.axes),
+        call.is_correct(prediction),
         entropy,
         stats.known_log_probability(losses, surprisal),
     )

@@ -49,9 +49,7 @@ def is_heaviest(mass: Mass, classes: jax.Array, axes: tuple[Hashable, ...] = ())
     return at_class_of_all(mass.masses, classes, axes) >= jax.lax.pmax(mass.masses.max(-1), axes)
 
 
-def first(
-    is_there: jax.Array, here: jax.Array, size: int, axes: tuple[Hashable, ...]
-) -> jax.Array:
+def first(is_there: jax.Array, here: jax.Array, size: int, axes: tuple[Hashable, ...]) -> jax.Array:
     """Returns the first class of all devices that is the one looked for, int32[...].
 
     Args:

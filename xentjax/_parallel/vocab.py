@@ -16,6 +16,7 @@ from xentjax._losses.logit_transform import LogitTransform
 from xentjax._losses.softmax import losses_and_stats
 from xentjax._losses.stats import SoftmaxStats
 from xentjax._softmax.cross_entropy import CrossEntropy
+from xentjax._targets.linear import LinearTargets
 from xentjax._targets.mass import Mass
 from xentjax._targets.types import Targets
 
@@ -165,15 +166,13 @@ def _shard(logits, targets, axis_name, where):
     mass = arguments.on_shard(whole_mass, logits.shape[-1], mesh_axes)
     over = meshes.varying_axes((z, mass, mask))
     z, mass = meshes.varying((z, mass), over)
-    return _Shard(
-        z, mass, meshes.varying(mask, over.difference(mesh_axes)), whole_mass, mesh_axes
-    )
+    return _Shard(z, mass, meshes.varying(mask, over.difference(mesh_axes)), whole_mass, mesh_axes)
 
 
 def vocab_parallel_linear_softmax_cross_entropy(
     inputs: ArrayLike,
     kernel: ArrayLike,
-    targets: Targets,
+    targets: Targets | LinearTargets,
     *,
     axis_name: AxisName,
     bias: ArrayLike | None = None,
@@ -188,7 +187,8 @@ def vocab_parallel_linear_softmax_cross_entropy(
 ) -> Float[Array, "*batch"]:
     """`linear_softmax_cross_entropy` in a `jax.shard_map` that splits the kernel's classes.
 
-    loss = Σ_v t_v · (lse(z) − z_v) + z_loss · lse(z)²,   z = logit_transform(inputs @ kernel + bias)
+    loss = Σ_v t_v · (lse(z) − z_v) + z_loss · lse(z)²
+    z = logit_transform(inputs @ kernel + bias),   v over the classes of all devices
 
     Forward, one maximum and one sum of vectors [...] cross devices (or of each chunk of tokens, if
     memory for logits is short); backward, one sum of the inputs' gradient. Neither logits nor
@@ -198,7 +198,8 @@ def vocab_parallel_linear_softmax_cross_entropy(
       inputs: The features of each token, float[..., D], the same on all devices along `axis_name`.
       kernel: This device's shard, float[D, V / devices], or with class_axis=0 its transpose.
       targets: Labels or SparseTargets whose classes, and background [V], are those of all devices;
-        or the shard of dense targets, float[..., V / devices], that goes with the kernel.
+        or the shard of dense targets, float[..., V / devices], that goes with the kernel; or
+        LinearTargets whose kernel and bias are this device's shards.
       axis_name: The axis of the mesh, or axes, that the classes are split over.
       bias: This device's shard, float[V / devices].
       class_axis: The axis of the kernel that counts classes: 0, or 1 or −1.
@@ -252,7 +253,7 @@ def vocab_parallel_linear_softmax_cross_entropy(
 def vocab_parallel_linear_softmax_cross_entropy_with_stats(
     inputs: ArrayLike,
     kernel: ArrayLike,
-    targets: Targets,
+    targets: Targets | LinearTargets,
     *,
     axis_name: AxisName,
     bias: ArrayLike | None = None,
@@ -318,8 +319,10 @@ def vocab_parallel_linear_softmax_cross_entropy_with_stats(
 def _checked_axes(axis_name, arrays):
     """Returns the mesh axes that the classes are split over, each device having its shard."""
     axes = meshes.axis_names(axis_name)
-    for name in ("kernel", "bias", "class_mask"):
-        x = getattr(arrays, name)
+    shards = {name: getattr(arrays, name) for name in ("kernel", "bias", "class_mask")}
+    if isinstance(arrays.targets, LinearTargets):
+        shards |= {f"targets.{name}": getattr(arrays.targets, name) for name in ("kernel", "bias")}
+    for name, x in shards.items():
         if x is not None:
             meshes.check_shards(name, x, axes)
     return axes

@@ -7,13 +7,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from xentjax._jax import mesh as meshes
-from xentjax._jax.dtypes import wide, wide_dtype
+from xentjax._jax.dtypes import wide_dtype
 from xentjax._jax.rule import Backend
 from xentjax._softmax import partial, plan
-from xentjax._softmax import reference as plain
 from xentjax._softmax.partial import PartialSoftmax
-from xentjax._targets.mass import Mass, is_class, map_examples
+from xentjax._targets.mass import Mass, map_examples
 
 
 class HeadPlan(NamedTuple):
@@ -289,79 +287,3 @@ def zeros_of(needs_grad: Any, tree: Any, own: bool = False) -> Any:
 def arithmetic_dtype(inputs: jax.Array, params: Params) -> jnp.dtype:
     """Returns the dtype of the losses."""
     return wide_dtype(inputs.dtype, params.kernel.dtype)
-
-
-def reference(head: Head, inputs: jax.Array, params: Params, mass: Mass) -> tuple[jax.Array, ...]:
-    """Returns (loss, lse) of every token, and the entropy if stats are asked for.
-
-    It is `reference.cross_entropy`, block by block. The class of the leader is a constant to
-    derivatives. Once it is known, all is made of sums over classes, and these add over blocks.
-    """
-
-    def of_tokens(first, length, sums):
-        x, t = tokens_of((inputs, mass), first, length)
-        return put(sums, _sums_of_reference(head, x, params, t), first)
-
-    nothing = zeros(inputs.shape[:1], arithmetic_dtype(inputs, params), inputs)
-    sums = for_each(inputs.shape[0], head.plan.tokens, of_tokens, (nothing,) * 5)
-    z_a, rest, excess, gaps, total = jax.lax.psum(sums, head.axes) if head.axes else sums
-    out = excess + total * jnp.log1p(rest), z_a + jnp.log1p(rest)
-    return (*out, jnp.log1p(rest) + gaps / (1 + rest)) if head.with_stats else out
-
-
-def _sums_of_reference(head, inputs, params, mass):
-    """Returns (z_a or 0, rest, excess, gaps, total mass) of each token, by this device's classes.
-
-    The gaps are Σ_v exp(z_v − z_a) · (z_a − z_v) if stats are asked for, and 0 otherwise.
-    """
-    num_classes = num_classes_of(head, params)
-    nothing = zeros(inputs.shape[:1], arithmetic_dtype(inputs, params), inputs)
-
-    def find_leader(start, size, carry):
-        largest, leader = carry
-        z = jax.lax.stop_gradient(logits_of(head, inputs, classes_of(head, params, start, size)))
-        best, there = z.max(-1), start + jnp.argmax(z, axis=-1).astype(jnp.int32)
-        return jnp.maximum(largest, best), jnp.where(best > largest, there, leader)
-
-    start = nothing - jnp.inf, zeros(inputs.shape[:1], jnp.int32, inputs)
-    largest, leader = for_each(num_classes, head.plan.classes, find_leader, start)
-    largest, leader = jax.lax.stop_gradient((largest, leader))
-    own = logits_at(head, inputs, params, leader)
-    own = jnp.where(own == -jnp.inf, jnp.zeros_like(own), own)
-    z_a = own
-    if head.axes:
-        is_mine = meshes.is_first_largest(largest, head.axes)
-        leader = jnp.where(is_mine, leader, -num_classes * jnp.ones_like(leader))
-        own = jnp.where(is_mine, own, jnp.zeros_like(own))
-        z_a = jax.lax.psum(own, head.axes)
-
-    def add_classes(start, size, carry):
-        rest, excess, gaps = carry
-        z = logits_of(head, inputs, classes_of(head, params, start, size))
-        here = leader - start  # It is outside of all blocks but one.
-        terms = jnp.exp(z - z_a[:, None])
-        terms = jnp.where(is_class(here, z), jnp.zeros_like(terms), terms)
-        if head.with_stats:
-            gaps += plain.sum_of_gaps(terms, z, z_a)
-        excess += mass.block(start, size).excess(z, z_a, without=here)
-        return rest + terms.sum(-1), excess, gaps
-
-    sums = for_each(num_classes, head.plan.classes, add_classes, (nothing,) * 3)
-    return own, *sums, meshes.varying(mass.total(), meshes.varying_axes(nothing))
-
-
-def logits_at(head: Head, inputs: jax.Array, params: Params, classes: jax.Array) -> jax.Array:
-    """Returns the logit of one class of each token, [N]."""
-    columns = jnp.take(params.kernel, classes, axis=head.class_axis, mode="clip")
-    columns = columns if head.class_axis == 0 else columns.T
-    raw = jnp.sum(wide(inputs) * wide(columns), axis=-1)
-    raw = raw.astype(arithmetic_dtype(inputs, params))
-
-    def at(x):
-        return None if x is None else jnp.take(x, classes, mode="clip")
-
-    here = params._replace(bias=at(params.bias), class_mask=at(params.class_mask))
-    if here.bias is not None:
-        raw = raw + here.bias.astype(raw.dtype)
-    # As classes of one token: biases and masks are those of tokens here.
-    return transformed(head, raw[None], here)[0]

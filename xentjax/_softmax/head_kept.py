@@ -15,10 +15,12 @@ import jax.numpy as jnp
 from xentjax._jax.rule import Backend, Rule
 from xentjax._softmax import head_blocks as blocks
 from xentjax._softmax import head_recomputed as recomputed
-from xentjax._softmax import partial, plan
+from xentjax._softmax import head_reference, partial, plan
+from xentjax._softmax import head_teacher as teacher
 from xentjax._softmax.cross_entropy import masked
 from xentjax._softmax.head_blocks import Head, Params, TokenGradient
-from xentjax._targets.mass import Mass, times
+from xentjax._softmax.head_teacher import HeadMass
+from xentjax._targets.mass import times
 
 LARGEST_FLOAT16_COTANGENT = 64
 """float16 ends at 65504: this leaves room for a target mass of a thousand."""
@@ -56,7 +58,7 @@ class HeadTotal(Rule):
     head: Head
 
     def reference(self, inputs, params, mass, mask, coefficients):
-        out = blocks.reference(self.head, inputs, params, mass)
+        out = head_reference.reference(self.head, inputs, params, mass)
         return coefficients.total(*masked(out, mask))
 
     def forward(self, backend, needs_grad, inputs, params, mass, mask, coefficients):
@@ -69,7 +71,7 @@ class HeadTotal(Rule):
         else:
             with_gradient = any(jax.tree.leaves(needs_grad))
             summary, _ = recomputed.summarise(self.head, *args, None, with_gradient, backend)
-            out = summary.loss, summary.log_normalizer
+            out = summary.whole.loss, summary.whole.log_normalizer
         out = masked(out, mask)
         return coefficients.total(*out), (*out, summary)
 
@@ -90,10 +92,9 @@ class HeadTotal(Rule):
             largest = _scale_of(coefficients)
             factor, scale = 1 / largest, cotangent * largest
         each = jax.tree.map(lambda c: factor * c, coefficients).cotangents(log_normalizers)
-        tokens = TokenGradient(of_losses, *masked(each, mask))
-        answer = recomputed.gradients(
-            self.head, needs_grad, (inputs, params, mass, mask), tokens, backend, scale
-        )
+        tokens = TokenGradient(of_losses.whole, *masked(each, mask))
+        known = inputs, params, of_losses.knowing(mass), mask
+        answer = recomputed.gradients(self.head, needs_grad, known, tokens, backend, scale)
         return *answer, mask, of_coefficients
 
     def _makes_gradients(self, needs_grad):
@@ -116,7 +117,7 @@ def _scale_of(coefficients):
 def _forward_with_gradients(
     head: Head,
     needs_grad: tuple[Any, ...],
-    args: tuple[jax.Array, Params, Mass, jax.Array | None],
+    args: tuple[jax.Array, Params, HeadMass, jax.Array | None],
     coefficients: Coefficients,
     backend: Backend,
 ) -> tuple[tuple[jax.Array, jax.Array], tuple[Any, Params]]:
@@ -129,6 +130,7 @@ def _forward_with_gradients(
     def on_tokens(first, length, carry):
         out, all_inputs, sum_params = carry
         x, t, c = blocks.tokens_of((inputs, mass, coefficients), first, length)
+        t = teacher.normalized(head, t, keeps_logits=True)
 
         def make_logits(start, size, carry):
             kept, whole = carry

@@ -14,11 +14,13 @@ import jax.numpy as jnp
 from xentjax._jax import mesh as meshes
 from xentjax._jax.rule import Backend, Rule
 from xentjax._softmax import head_blocks as blocks
-from xentjax._softmax import partial, plan
+from xentjax._softmax import head_reference, partial, plan
+from xentjax._softmax import head_teacher as teacher
 from xentjax._softmax.cross_entropy import masked
 from xentjax._softmax.head_blocks import Head, Params, TokenGradient
+from xentjax._softmax.head_teacher import HeadMass, TeacherMass
 from xentjax._softmax.partial import PartialSoftmax
-from xentjax._targets.mass import Mass, at_class
+from xentjax._targets.mass import at_class
 from xentjax._targets.types import is_valid
 
 
@@ -27,15 +29,15 @@ class HeadLosses(Rule):
     """(inputs [N, D], Params, mass, mask or None, labels or None) -> arrays [N].
 
     They are losses and log-normalizers; then, if stats are asked for, entropies, and predictions
-    (as floats, exact below 2²⁴ classes) and the labels' surprisals, which have no derivative. Labels
-    are classes of this device; those outside of them are another's.
+    (as floats, exact below 2²⁴ classes) and the labels' surprisals, which have no derivative.
+    Labels count from this device's first class; those outside of its classes are another's.
     """
 
     head: Head
 
     def reference(self, inputs, params, mass, mask, labels):
         del labels
-        out = blocks.reference(self.head, inputs, params, mass)
+        out = head_reference.reference(self.head, inputs, params, mass)
         if self.head.with_stats:
             out = (*out, jnp.zeros_like(out[0]), jnp.zeros_like(out[0]))
         return masked(out, mask)
@@ -43,18 +45,36 @@ class HeadLosses(Rule):
     def forward(self, backend, needs_grad, inputs, params, mass, mask, labels):
         with_gradient = any(jax.tree.leaves(needs_grad))
         args = inputs, params, mass, mask
-        whole, stats = summarise(self.head, *args, labels, with_gradient, backend)
+        summary, stats = summarise(self.head, *args, labels, with_gradient, backend)
+        whole = summary.whole
         out = whole.loss, whole.log_normalizer
         if stats is not None:
-            surprisal = (partial.finite(whole.max_logit) - stats.label_logit) + jnp.log1p(whole.rest)
-            out = (*out, whole.entropy, stats.prediction, surprisal)
-        return masked(out, mask), whole
+            gap = partial.finite(whole.max_logit) - stats.label_logit
+            out = (*out, whole.entropy, stats.prediction, gap + jnp.log1p(whole.rest))
+        return masked(out, mask), summary
 
     def backward(self, backend, needs_grad, args, summary, cotangents):
         inputs, params, mass, mask, labels = args
-        tokens = TokenGradient(summary, *masked(cotangents[:3], mask))
-        answer = gradients(self.head, needs_grad, args[:4], tokens, backend)
+        tokens = TokenGradient(summary.whole, *masked(cotangents[:3], mask))
+        known = inputs, params, summary.knowing(mass), mask
+        answer = gradients(self.head, needs_grad, known, tokens, backend)
         return *answer, mask, labels
+
+
+class Summary(NamedTuple):
+    """What is known once all classes are seen.
+
+    Attributes:
+      whole: The PartialSoftmax of all classes.
+      teacher_lse: The log-normalizers of a teacher's mass, [N], or None.
+    """
+
+    whole: PartialSoftmax
+    teacher_lse: jax.Array | None
+
+    def knowing(self, mass: HeadMass) -> HeadMass:
+        """Returns the mass with all that is known of it."""
+        return teacher.knowing(mass, self.teacher_lse)
 
 
 class _Stats(NamedTuple):
@@ -73,42 +93,43 @@ def summarise(
     head: Head,
     inputs: jax.Array,
     params: Params,
-    mass: Mass,
+    mass: HeadMass,
     mask: jax.Array | None,
     labels: jax.Array | None,
     with_gradient: bool,
     backend: Backend,
-) -> tuple[PartialSoftmax, _Stats | None]:
-    """Returns the PartialSoftmax of every token over all classes, and stats if there are labels."""
+) -> tuple[Summary, _Stats | None]:
+    """Returns the Summary of every token, and stats if there are labels."""
     num_classes = blocks.num_classes_of(head, params)
 
     def no_classes(x):
         like = blocks.zeros(x.shape[:1], blocks.arithmetic_dtype(inputs, params), inputs)
         stats = None if labels is None else _Stats(like, like - jnp.inf)
-        return partial.no_classes(like, with_gradient, with_entropy=labels is not None), stats
+        whole = partial.no_classes(like, with_gradient, with_entropy=labels is not None)
+        return whole, stats, teacher.no_top(mass, like)
 
     def on_tokens(first, length, out):
         x, t, label = blocks.tokens_of((inputs, mass, labels), first, length)
 
         def on_classes(start, size, carry):
-            whole, stats = carry
-            p, t_block = blocks.classes_of(head, params, start, size), t.block(start, size)
-            logits = blocks.logits_of(head, x, p)
+            whole, stats, top = carry
+            logits = blocks.logits_of(head, x, blocks.classes_of(head, params, start, size))
+            t_block, top, whole = teacher.block_under(t, start, size, top, whole)
             new = plan.summarise(logits, t_block, with_gradient, backend)
             if stats is not None:
                 new = partial.with_entropy(new, logits)
                 stats = _merge_stats(stats, whole.max_logit, logits, label, start)
-            return partial.merge(whole, new), stats
+            return partial.merge(whole, new), stats, top
 
         of_tokens = blocks.for_each(num_classes, head.plan.classes, on_classes, no_classes(x))
         return blocks.put(out, of_tokens, first)
 
-    whole, stats = blocks.for_each(
+    whole, stats, top = blocks.for_each(
         inputs.shape[0], head.plan.tokens, on_tokens, no_classes(inputs), blocks.end_of(mask)
     )
     if stats is not None and head.axes:
         stats = _stats_over_devices(head, num_classes, stats, whole.max_logit)
-    return blocks.over_devices(head, whole), stats
+    return Summary(*teacher.over_devices(head, whole, top)), stats
 
 
 def _merge_stats(stats, max_logit, logits, labels, start):
@@ -136,7 +157,7 @@ def _stats_over_devices(head, num_classes, stats, max_logit):
 def gradients(
     head: Head,
     needs_grad: tuple[Any, ...],
-    args: tuple[jax.Array, Params, Mass, jax.Array | None],
+    args: tuple[jax.Array, Params, HeadMass, jax.Array | None],
     tokens: TokenGradient,
     backend: Backend,
     scale: jax.Array | None = None,
@@ -176,30 +197,42 @@ def gradients(
     if any(jax.tree.leaves((needs_inputs, needs_params))):
         carry = blocks.for_each(num_classes, head.plan.classes, on_classes, carry)
     of_inputs, of_params = scaled(carry[0]), carry[1]
-    of_mass = mass
+    of_mass = teacher.knowing(mass, None)
     if any(jax.tree.leaves(needs_mass)):
         of_mass = _mass_cotangent(head, args[:3], tokens)
     return of_inputs, of_params, of_mass
 
 
 def _mass_cotangent(head, args, tokens):
-    """Returns loss_cotangent · (lse(z) − z), in the form of a mass."""
+    """Returns loss_cotangent · (lse(z) − z), in the form of a mass.
+
+    For a teacher's mass t_v = exp(y_v − lse(y)) the cotangent of its logits y is
+    loss_cotangent · t_v · (lse(z) − z_v − loss): that of Σ_v t_v · (lse(z) − loss − z_v) where
+    lse(y) and loss are constants.
+    """
     inputs, params, mass = args
-    num_classes = blocks.num_classes_of(head, params)
+    num_classes, is_teacher = blocks.num_classes_of(head, params), isinstance(mass, TeacherMass)
+    log_normalizer = mass.log_normalizer if is_teacher else None
 
     def losses(mass):
         def on_tokens(first, length, losses):
             x, t, whole = blocks.tokens_of((inputs, mass, tokens.whole), first, length)
+            top = partial.finite(whole.max_logit)
+            top = top + jnp.log1p(whole.rest) - whole.loss if is_teacher else top
 
             def on_classes(start, size, total):
                 z = blocks.logits_of(head, x, blocks.classes_of(head, params, start, size))
-                return total + t.block(start, size).excess(z, partial.finite(whole.max_logit))
+                return total + t.block(start, size).excess(z, top)
 
             excess = blocks.for_each(num_classes, head.plan.classes, on_classes, nothing[:length])
-            return blocks.put(losses, excess + t.total() * jnp.log1p(whole.rest), first)
+            if not is_teacher:
+                excess = excess + t.total() * jnp.log1p(whole.rest)
+            return blocks.put(losses, excess, first)
+
+        mass = teacher.knowing(mass, log_normalizer)
 
         return blocks.for_each(inputs.shape[0], head.plan.tokens, on_tokens, nothing)
 
     nothing = blocks.zeros(inputs.shape[:1], blocks.arithmetic_dtype(inputs, params), inputs)
     own = meshes.varying(tokens.loss_cotangent, meshes.varying_axes(inputs))
-    return jax.vjp(losses, mass)[1](own)[0]
+    return jax.vjp(losses, teacher.knowing(mass, None))[1](own)[0]

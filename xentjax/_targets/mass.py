@@ -284,9 +284,9 @@ def map_examples(function: Callable[[jax.Array], jax.Array], tree: Any) -> Any:
     """Returns a tree of arrays and masses with function(x) for every x of the examples."""
 
     def one(x):
-        return x.map_examples(function) if isinstance(x, Mass) else function(x)
+        return x.map_examples(function) if hasattr(x, "map_examples") else function(x)
 
-    return jax.tree.map(one, tree, is_leaf=lambda x: isinstance(x, Mass))
+    return jax.tree.map(one, tree, is_leaf=lambda x: hasattr(x, "map_examples"))
 
 
 def only_points_are_heavy(mass: Mass) -> TypeGuard[SparseMass]:
