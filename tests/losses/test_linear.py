@@ -19,7 +19,7 @@ from heads import linear_loss, linear_loss_and_stats
 
 import xentjax
 from xentjax._losses import linear
-from xentjax._losses.linear import HeadPlan
+from xentjax._softmax.head_plan import HeadPlan
 
 TOKENS, FEATURES, CLASSES = 5, 4, 11
 

@@ -17,7 +17,7 @@ from meshes import (
 )
 
 import xentjax
-from xentjax._losses.linear import HeadPlan
+from xentjax._softmax.head_plan import HeadPlan
 
 _loss = functools.partial(linear_loss, axis_name="model")
 _public_loss = functools.partial(

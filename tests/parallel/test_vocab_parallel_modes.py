@@ -20,7 +20,7 @@ from meshes import make_mesh, target_specs
 
 import xentjax
 from xentjax._jax.mesh import varying_axes
-from xentjax._losses.linear import HeadPlan
+from xentjax._softmax.head_plan import HeadPlan
 
 # As small as shards of several blocks allow: third derivatives take long to compile.
 TOKENS, FEATURES, CLASSES = 4, 2, 8

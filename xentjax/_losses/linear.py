@@ -18,8 +18,9 @@ from xentjax._losses import arguments, linear_targets, stats
 from xentjax._losses.logit_transform import LogitTransform, converted
 from xentjax._losses.stats import SoftmaxStats
 from xentjax._softmax.cross_entropy import masked
-from xentjax._softmax.head_blocks import Head, HeadPlan, Params, num_classes_of
+from xentjax._softmax.head_blocks import Head, Params, num_classes_of
 from xentjax._softmax.head_kept import Coefficients, HeadTotal
+from xentjax._softmax.head_plan import ACCELERATOR, HeadPlan, Sizes, make_plan
 from xentjax._softmax.head_recomputed import HeadLosses
 from xentjax._softmax.head_teacher import HeadMass, TeacherMass
 from xentjax._targets.linear import LinearTargets
@@ -351,17 +352,29 @@ def prepare(arrays: Arrays, options: Options) -> Call:
     inputs, mass = meshes.varying((tokens.inputs, tokens.mass), over)
     mask, w = meshes.varying((tokens.mask, tokens.weights), over.difference(options.axes))
     tokens = Tokens(inputs, mass, mask, w, None)
-    plan = options.plan or make_plan(
-        (num_tokens, features, num_classes),
-        dtype.itemsize,
-        options.memory_budget,
-        jax.lax.axis_size(options.axes) if options.axes else 1,
-    )
-    head = Head(class_axis, transform, plan, options.axes, options.with_stats)
+    sizes = Sizes(num_tokens, features, num_classes, dtype.itemsize)
+    plans = _plans(sizes, options, isinstance(targets, LinearTargets), where is not None)
+    head = Head(class_axis, transform, plans[0], options.axes, options.with_stats, plans[1])
     call = Call(head, tokens, params, None, whole_mass)
     if options.with_stats:
         call = call.with_labels()
     return call if where is None else call.with_kept_tokens_first()
+
+
+def _plans(sizes, options, has_teacher, has_mask):
+    """Returns the plans of a head: on one CPU, and on everything else where it differs."""
+    if options.plan is not None:
+        return options.plan, None
+    budget = options.memory_budget
+    expected = f"memory_budget: expected an integer number of bytes or None, got {budget!r}"
+    checks.check(budget is None or checks.is_int(budget), expected, TypeError)
+    checks.check(budget is None or budget >= 0, expected)
+    sizes = sizes._replace(kept_rows=1 + has_teacher, may_skip=has_mask)
+    shards = jax.lax.axis_size(options.axes) if options.axes else 1
+    plan = make_plan(sizes, budget, shards)
+    if budget is not None or not plan.keeps_logits:
+        return plan, None
+    return plan, make_plan(sizes, None, shards, ACCELERATOR)
 
 
 def _mask_of_tokens(where, class_mask, batch, axes):
@@ -424,51 +437,3 @@ def losses_and_stats(
     )
     mask = _mask_of_tokens(arrays.where, arrays.class_mask, batch, options.axes)
     return losses, masked(told, mask)
-
-
-def make_plan(
-    sizes: tuple[Any, Any, int], itemsize: int, memory_budget: int | None, shards: int = 1
-) -> HeadPlan:
-    """Returns how much of a head is in memory at once.
-
-    Args:
-      sizes: Tokens, features, and classes on this device.
-      itemsize: Bytes of a number in the arithmetic.
-      memory_budget: Bytes, or None.
-      shards: How many devices share the classes.
-    """
-    num_tokens, features, num_classes = sizes
-    is_known = isinstance(num_tokens, int)  # `jax.export` knows some sizes by name alone.
-    expected = f"memory_budget: expected an integer number of bytes or None, got {memory_budget!r}"
-    checks.check(memory_budget is None or checks.is_int(memory_budget), expected, TypeError)
-    checks.check(memory_budget is None or memory_budget >= 0, expected)
-    default = DEFAULT_BUDGET_BYTES // shards
-    accumulator = itemsize * features * num_classes
-    budget = default if memory_budget is None else max(memory_budget - accumulator, 0)
-    row = itemsize * num_classes
-    tokens = budget // 2 // row  # Half is for the logits that are kept.
-    keeps_logits = is_known and tokens >= min(num_tokens, MIN_BLOCK)
-    if not keeps_logits:
-        budget = default if memory_budget is None else memory_budget
-        tokens = RECOMPUTED_TOKENS
-    tokens = _even(num_tokens, tokens) if is_known else RECOMPUTED_TOKENS
-    # A block has a few arrays of [tokens, classes], and of [features, classes].
-    classes = budget // 4 // (itemsize * (2 * tokens + features))
-    blocks = _even(num_classes, classes)
-    return HeadPlan(tokens if is_known else num_tokens, blocks, keeps_logits)
-
-
-DEFAULT_BUDGET_BYTES = 2**29
-"""Half a GiB of logits: a larger matmul is no longer a faster one."""
-
-MIN_BLOCK = 128
-"""So few tokens or classes make the smallest memory."""
-
-RECOMPUTED_TOKENS = 1024
-"""So many tokens of a chunk make the reading of the kernel cost little."""
-
-
-def _even(size: int, chunk: int) -> int:
-    """Returns a chunk of about `chunk`, not below 128, that cuts `size` into even pieces."""
-    count = max(1, math.ceil(size / max(chunk, MIN_BLOCK)))
-    return max(1, min(size, math.ceil(size / count / MIN_BLOCK) * MIN_BLOCK))

@@ -10,22 +10,9 @@ import jax.numpy as jnp
 from xentjax._jax.dtypes import wide_dtype
 from xentjax._jax.rule import Backend
 from xentjax._softmax import partial, plan
+from xentjax._softmax.head_plan import HeadPlan
 from xentjax._softmax.partial import PartialSoftmax
 from xentjax._targets.mass import Mass, map_examples
-
-
-class HeadPlan(NamedTuple):
-    """How much of a head is in memory at once.
-
-    Attributes:
-      tokens: Tokens in a chunk.
-      classes: Classes in a block.
-      keeps_logits: Whether there is memory for the way that keeps the logits of a chunk.
-    """
-
-    tokens: int
-    classes: int
-    keeps_logits: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +22,8 @@ class Head:
     Attributes:
       class_axis: The axis of the kernel that counts classes.
       transform: (raw logits, *constants) -> logits, elementwise.
-      plan: How much of it is in memory at once.
+      plan: How much of it is in memory at once, on one CPU.
+      accelerator_plan: The same on everything else; None is the plan.
       axes: Mesh axes that the classes are split over.
       with_stats: Whether entropies, predictions and the labels' surprisals are asked for.
     """
@@ -45,6 +33,13 @@ class Head:
     plan: HeadPlan
     axes: tuple[Hashable, ...] = ()
     with_stats: bool = False
+    accelerator_plan: HeadPlan | None = None
+
+    def on(self, backend: Backend) -> "Head":
+        """Returns the head with the plan of a platform."""
+        if backend == "cpu" or self.accelerator_plan is None:
+            return self
+        return dataclasses.replace(self, plan=self.accelerator_plan)
 
 
 class Params(NamedTuple):

@@ -62,15 +62,15 @@ class HeadTotal(Rule):
         return coefficients.total(*masked(out, mask))
 
     def forward(self, backend, needs_grad, inputs, params, mass, mask, coefficients):
-        args = inputs, params, mass, mask
+        args, head = (inputs, params, mass, mask), self.head.on(backend)
         if self._makes_gradients(needs_grad):
             scale = _scale_of(coefficients)
             scaled = jax.tree.map(lambda c: c / scale, coefficients)
-            out, cotangents = _forward_with_gradients(self.head, needs_grad, args, scaled, backend)
+            out, cotangents = _forward_with_gradients(head, needs_grad, args, scaled, backend)
             summary = (*cotangents, scale)
         else:
             with_gradient = any(jax.tree.leaves(needs_grad))
-            summary, _ = recomputed.summarise(self.head, *args, None, with_gradient, backend)
+            summary, _ = recomputed.summarise(head, *args, None, with_gradient, backend)
             out = summary.whole.loss, summary.whole.log_normalizer
         out = masked(out, mask)
         return coefficients.total(*out), (*out, summary)
@@ -94,7 +94,9 @@ class HeadTotal(Rule):
         each = jax.tree.map(lambda c: factor * c, coefficients).cotangents(log_normalizers)
         tokens = TokenGradient(of_losses.whole, *masked(each, mask))
         known = inputs, params, of_losses.knowing(mass), mask
-        answer = recomputed.gradients(self.head, needs_grad, known, tokens, backend, scale)
+        answer = recomputed.gradients(
+            self.head.on(backend), needs_grad, known, tokens, backend, scale
+        )
         return *answer, mask, of_coefficients
 
     def _makes_gradients(self, needs_grad):

@@ -45,7 +45,7 @@ class HeadLosses(Rule):
     def forward(self, backend, needs_grad, inputs, params, mass, mask, labels):
         with_gradient = any(jax.tree.leaves(needs_grad))
         args = inputs, params, mass, mask
-        summary, stats = summarise(self.head, *args, labels, with_gradient, backend)
+        summary, stats = summarise(self.head.on(backend), *args, labels, with_gradient, backend)
         whole = summary.whole
         out = whole.loss, whole.log_normalizer
         if stats is not None:
@@ -57,7 +57,7 @@ class HeadLosses(Rule):
         inputs, params, mass, mask, labels = args
         tokens = TokenGradient(summary.whole, *masked(cotangents[:3], mask))
         known = inputs, params, summary.knowing(mass), mask
-        answer = gradients(self.head, needs_grad, known, tokens, backend)
+        answer = gradients(self.head.on(backend), needs_grad, known, tokens, backend)
         return *answer, mask, labels
 
 
