@@ -51,6 +51,7 @@ Curvature.
 
 Some classes, and all others as one outcome.
   bucket_logits: from logits
+  linear_bucket_logits: from the layer before the logits
 
 Contrast: the pairs of a batch, without all similarities in memory.
   info_nce: each query against all keys, and CLIP's loss
@@ -100,8 +101,7 @@ Debugging.
 
 from xentjax._explain.explanation import Explanation, explain
 from xentjax._jax.value_checks import value_checks
-from xentjax._losses.buckets import bucket_logits
-from xentjax._losses.contrast import info_nce, nt_xent, supervised_contrastive
+from xentjax._losses.buckets import bucket_logits, linear_bucket_logits
 from xentjax._losses.calibration import (
     ReliabilityBins,
     brier_score,
@@ -109,6 +109,7 @@ from xentjax._losses.calibration import (
     fit_temperature,
     reliability_bins,
 )
+from xentjax._losses.contrast import info_nce, nt_xent, supervised_contrastive
 from xentjax._losses.curvature import softmax_hessian_product
 from xentjax._losses.information import (
     cross_entropy,
@@ -150,9 +151,9 @@ from xentjax._parallel.vocab import (
     vocab_parallel_softmax_cross_entropy,
     vocab_parallel_softmax_cross_entropy_with_stats,
 )
-from xentjax._targets.linear import LinearTargets
 from xentjax._targets.balance import class_balanced_weights
 from xentjax._targets.binary import smooth_binary_labels
+from xentjax._targets.linear import LinearTargets
 from xentjax._targets.mixing import cutmix, mixup
 from xentjax._targets.top_k import teacher_targets, top_k_targets
 from xentjax._targets.transforms import dense_targets, mix_targets, reweight_targets, smooth_labels
@@ -202,6 +203,7 @@ __all__ = [
     "softmax_hessian_product",
     # Some classes, and all others as one outcome.
     "bucket_logits",
+    "linear_bucket_logits",
     # Contrast.
     "info_nce",
     "nt_xent",

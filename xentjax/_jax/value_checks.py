@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from xentjax._jax.check_primitive import check_values
-from xentjax._jax.dtypes import wide
+from xentjax._jax.dtypes import wide, wide_dtype
 
 _are_on = contextvars.ContextVar("value_checks", default=False)
 
@@ -22,8 +22,8 @@ def value_checks() -> Iterator[None]:
     """Makes values that have no meaning an error that names the argument, position and value.
 
     It checks that labels are in [0, V); that target masses, class weights and weights are ≥ 0; that
-    probabilities and binary targets are in [0, 1], and distributions sum to 1; and that logits, and
-    the inputs, kernel and bias of a head, have no NaN. What `where` drops is not looked at. Without
+    probabilities and binary targets are in [0, 1], and distributions sum to 1; that logits are below
+    +inf; and that neither they nor the inputs, kernel and bias of a head are NaN. What `where` drops is not looked at. Without
     it, such labels give NaN, other values count as they are, and nothing is spent: compiled
     programs are the same.
 
@@ -63,9 +63,10 @@ def check_labels(labels: jax.Array, num_classes: int, where: jax.Array | None) -
 
 
 def check_masses(name: str, x: jax.Array, where: jax.Array | None = None) -> None:
-    """Checks that masses or weights are ≥ 0, and no NaN."""
+    """Checks that masses or weights are ≥ 0, finite, and no NaN."""
     if are_on():
-        _check(name, "values of at least 0", x, ~(x >= 0), where)
+        bad = ~((x >= 0) & jnp.isfinite(x.astype(wide_dtype(x.dtype))))
+        _check(name, "finite values of at least 0", x, bad, where)
 
 
 def check_probabilities(name: str, x: jax.Array, where: jax.Array | None = None) -> None:
@@ -85,6 +86,21 @@ def check_distributions(name: str, x: jax.Array, axes: Sequence[int]) -> None:
     total = wide(x).sum(tuple(axes))
     tolerance = 1e-4 + 2 * float(jnp.finfo(x.dtype).eps)
     _check(name, "probabilities that sum to 1", total, ~(jnp.abs(total - 1) <= tolerance), None)
+
+
+def check_one_class(name: str, x: jax.Array) -> None:
+    """Checks that masses [..., V] are not those of several labels, each a yes: 0 and 1 alone."""
+    if are_on() and x.shape[-1] > 0:
+        total = wide(x).sum(-1)
+        bad = ((x == 0) | (x == 1)).all(-1) & (total >= 2)
+        wanted = "masses of one class out of many (smooth_binary_labels is for yes or no)"
+        _check(name, wanted, total, bad, None)
+
+
+def check_logits(x: jax.Array, where: jax.Array | None, name: str = "logits") -> None:
+    """Checks that logits are below +inf, and no NaN; a class of logit −inf is impossible."""
+    if are_on():
+        _check(name, "numbers below inf", x, ~(x < jnp.inf), where)
 
 
 def check_not_nan(name: str, x: jax.Array, where: jax.Array | None = None) -> None:

@@ -9,28 +9,43 @@ With softplus(x) = max(x, 0) + log1p(exp(−|x|)):
 """
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, ArrayLike, Float
 
 from xentjax._jax import arithmetic, checks, value_checks
 from xentjax._jax.dtypes import wide_dtype
 from xentjax._jax.rule import Rule, apply
+from xentjax._losses import shapes
+from xentjax._targets.mass import times
+from xentjax._targets.transforms import as_number
+from xentjax._targets.types import SparseTargets
 
 
 def sigmoid_binary_cross_entropy(
-    logits: ArrayLike, targets: ArrayLike, *, where: ArrayLike | None = None
+    logits: ArrayLike,
+    targets: ArrayLike,
+    *,
+    pos_weight: ArrayLike | None = None,
+    neg_weight: ArrayLike | None = None,
+    where: ArrayLike | None = None,
 ) -> Float[Array, "*shape"]:
     """Cross-entropy between targets and sigmoid(logits), element by element.
 
-    loss = t · softplus(−z) + (1 − t) · softplus(z),   ∂loss/∂z = σ(z) − t
+    loss = w₊ · t · softplus(−z) + w₋ · (1 − t) · softplus(z),   ∂loss/∂z = σ(z) − t for w = 1
 
     Args:
       logits: z, float[...]; ±inf is certainty, of loss 0 where the target agrees.
       targets: t, the probability of yes in [0, 1]: float, bool or int, of the shape of logits.
-        Others count as they are; `value_checks` turns them into an error.
+        Others count as they are; `value_checks` turns them into an error. `smooth_binary_labels`
+        smooths them.
+      pos_weight: w₊, how much a yes counts: a number ≥ 0, one for each label of the last axis, or
+        one for each element. None is 1.
+      neg_weight: w₋, how much a no counts, likewise.
       where: Which elements to keep, bool of the shape of logits; the others have loss and gradient
         0, whatever stands there.
 
@@ -38,20 +53,26 @@ def sigmoid_binary_cross_entropy(
       Losses in nats, of the shape of logits, float32 (float64 for float64 logits).
 
     Raises:
-      TypeError: logits are not floating-point, targets are complex, or where is not bool.
-      ValueError: The shapes differ; nothing broadcasts.
+      TypeError: logits are not floating-point, targets or weights are no real numbers, or where is
+        not bool.
+      ValueError: The shapes differ, for nothing else broadcasts, or a weight is negative.
 
     Example:
       >>> import jax.numpy as jnp
       >>> import xentjax
-      >>> print(xentjax.sigmoid_binary_cross_entropy(jnp.array([0.0, 20.0]), jnp.array([1, 1])))
+      >>> z, t = jnp.array([0.0, 20.0]), jnp.array([1, 1])
+      >>> print(xentjax.sigmoid_binary_cross_entropy(z, t))
       [6.9315e-01 2.0612e-09]
+      >>> print(xentjax.sigmoid_binary_cross_entropy(z, t, pos_weight=3.0))
+      [2.0794e+00 6.1835e-09]
 
     Source:
-      Goodfellow et al., Deep Learning, 2016, section 6.2.2.2.
+      Goodfellow et al., Deep Learning, 2016, section 6.2.2.2; weights: King and Zeng, Logistic
+      Regression in Rare Events Data, 2001, section 4.2.
     """
     logits, targets, where = _as_binary("logits", logits, targets, where)
-    return _masked_loss(_sigmoid_cross_entropy, logits, targets, where)
+    weights = _as_weights(pos_weight, neg_weight, logits.shape, (logits.ndim - 1,))
+    return _two_sided(logits, targets, weights, where)
 
 
 def multilabel_cross_entropy(
@@ -59,16 +80,22 @@ def multilabel_cross_entropy(
     targets: ArrayLike,
     *,
     axis: int | Sequence[int] = -1,
+    pos_weight: ArrayLike | None = None,
+    neg_weight: ArrayLike | None = None,
     where: ArrayLike | None = None,
 ) -> Float[Array, "*batch"]:
     """Sum of the binary cross-entropies of an example's labels, each a yes or a no of its own.
 
-    loss = Σ_v [ t_v · softplus(−z_v) + (1 − t_v) · softplus(z_v) ]
+    loss = Σ_v [ w₊ · t_v · softplus(−z_v) + w₋ · (1 − t_v) · softplus(z_v) ]
 
     Args:
       logits: z, float[..., V].
       targets: t, the probability of each label in [0, 1], of the shape of logits.
+        `smooth_binary_labels` smooths them.
       axis: The axis of the labels, or several.
+      pos_weight: w₊, how much a yes counts: a number ≥ 0, one for each label, float[V], or one for
+        each element of logits. None is 1.
+      neg_weight: w₋, how much a no counts, likewise.
       where: A mask of the loss's shape keeps examples, the others have loss and gradient 0; one of
         the logits' shape keeps labels, the others add nothing.
 
@@ -77,8 +104,9 @@ def multilabel_cross_entropy(
       float64 logits).
 
     Raises:
-      TypeError: logits are not floating-point, targets are complex, or where is not bool.
-      ValueError: The shapes differ, or the axis does not fit.
+      TypeError: logits are not floating-point, targets or weights are no real numbers, or where is
+        not bool.
+      ValueError: The shapes differ, the axis does not fit, or a weight is negative.
 
     Example:
       >>> import jax.numpy as jnp
@@ -98,7 +126,70 @@ def multilabel_cross_entropy(
         where = checks.as_mask(where, batch, logits.shape, "labels")
         if where.shape != logits.shape:
             where = jnp.broadcast_to(jnp.expand_dims(where, axes), logits.shape)
-    return sigmoid_binary_cross_entropy(logits, targets, where=where).sum(axes)
+    logits, targets, where = _as_binary("logits", logits, targets, where)
+    weights = _as_weights(pos_weight, neg_weight, logits.shape, axes)
+    return _two_sided(logits, targets, weights, where).sum(axes)
+
+
+def asymmetric_cross_entropy(
+    logits: ArrayLike,
+    targets: ArrayLike,
+    gamma_positive: ArrayLike,
+    gamma_negative: ArrayLike,
+    margin: ArrayLike,
+    *,
+    where: ArrayLike | None = None,
+) -> Float[Array, "*shape"]:
+    """Asymmetric loss: a focal loss with another γ for yes and no, and an easy no dropped.
+
+    loss = −t · (1 − p)^γ₊ · log p − (1 − t) · p_m^γ₋ · log(1 − p_m),
+    p = σ(z),   p_m = max(p − margin, 0)
+
+    Element by element; for a sum over labels, sum the last axis. Where a no has p ≤ margin, loss
+    and gradient are 0. `focal` says what γ between 0 and 1 does.
+
+    Args:
+      logits: z, float[...].
+      targets: t, the probability of yes in [0, 1]: float, bool or int, of the shape of logits.
+      gamma_positive: γ₊ ≥ 0, a number; 0 or 1 is usual.
+      gamma_negative: γ₋ ≥ 0, a number; 4 is usual.
+      margin: In [0, 1], a number; 0.05 is usual.
+      where: Which elements to keep, bool of the shape of logits; the others have loss and gradient
+        0, whatever stands there.
+
+    Returns:
+      Losses in nats, of the shape of logits, float32 (float64 for float64 logits).
+
+    Raises:
+      TypeError: logits are not floating-point, targets, a γ or the margin are no real numbers, or
+        where is not bool.
+      ValueError: The shapes differ, for nothing broadcasts, or a number is out of its range.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import xentjax
+      >>> z, t = jnp.array([2.0, 2.0, -4.0]), jnp.array([1, 0, 0])
+      >>> print(xentjax.asymmetric_cross_entropy(z, t, 1.0, 4.0, 0.05).round(4))
+      [0.0151 0.8464 0.    ]
+
+    Source:
+      Ridnik et al., Asymmetric Loss for Multi-Label Classification, 2021, equations 4 to 7.
+    """
+    logits, targets, where = _as_binary("logits", logits, targets, where)
+    numbers = {
+        "gamma_positive": (gamma_positive, math.inf),
+        "gamma_negative": (gamma_negative, math.inf),
+        "margin": (margin, 1),
+    }
+    numbers = [
+        jnp.asarray(as_number(name, x, 0, high), targets.dtype)
+        for name, (x, high) in numbers.items()
+    ]
+
+    def loss(logits, targets):
+        return _asymmetric(logits, targets, *numbers)
+
+    return _masked_loss(loss, logits, targets, where)
 
 
 def binary_cross_entropy(
@@ -142,6 +233,12 @@ def binary_cross_entropy(
 def _as_binary(name, predictions, targets, where):
     """Returns predictions as they are, targets in the dtype of the arithmetic, and where."""
     predictions = checks.as_array(name, predictions)
+    checks.check(
+        not isinstance(targets, SparseTargets),
+        f"targets: expected a float, bool or int array, got {targets!r}; smooth_labels is for one "
+        "class out of many, and smooth_binary_labels for yes or no",
+        TypeError,
+    )
     targets = checks.as_array("targets", targets, "a float, bool or int array")
     checks.check_floating(name, predictions)
     checks.check(
@@ -161,6 +258,46 @@ def _as_binary(name, predictions, targets, where):
     else:
         value_checks.check_probabilities(name, predictions, where)
     return predictions, targets, where
+
+
+def _as_weights(pos_weight, neg_weight, shape, axes):
+    """Returns (w₊, w₋), each None, a scalar or an array of `shape`, from one for each label."""
+    labels = tuple(shape[a] for a in axes if shape)
+
+    def as_weight(name, weight):
+        if weight is None:
+            return None
+        weight = checks.as_array(name, weight, "real numbers")
+        checks.check(
+            any(jnp.issubdtype(weight.dtype, kind) for kind in (jnp.floating, jnp.integer)),
+            f"{name}: expected real numbers, got {checks.describe(weight)}",
+            TypeError,
+        )
+        checks.check(
+            weight.shape in ((), labels, shape),
+            f"{name}: expected a scalar, shape {labels} (one for each label) or {shape} (that of "
+            f"logits), got {checks.describe(weight)}",
+        )
+        checks.check_interval(name, weight, 0, math.inf)
+        if weight.shape in ((), shape):
+            return weight
+        others = tuple(a for a in range(len(shape)) if a not in axes)
+        weight = jnp.expand_dims(weight.transpose(np.argsort(axes)), others)
+        return jnp.broadcast_to(weight, shape)
+
+    return as_weight("pos_weight", pos_weight), as_weight("neg_weight", neg_weight)
+
+
+def _two_sided(logits, targets, weights, where):
+    """Returns the losses with the weights of yes and no."""
+    if weights == (None, None):
+        return _masked_loss(_sigmoid_cross_entropy, logits, targets, where)
+    weights = [jnp.asarray(1 if w is None else w, targets.dtype) for w in weights]
+
+    def loss(logits, targets):
+        return _weighted_sigmoid_cross_entropy(logits, targets, *weights)
+
+    return _masked_loss(loss, logits, targets, where)
 
 
 def _masked_loss(loss, predictions, targets, where):
@@ -243,3 +380,44 @@ def _bounded(z):
 @jax.jit
 def _sigmoid_cross_entropy(logits, targets):
     return apply(_SigmoidCrossEntropy(), logits, targets)
+
+
+@jax.jit
+def _weighted_sigmoid_cross_entropy(logits, targets, pos_weight, neg_weight):
+    yes, no = _sides(logits, targets)
+    return times(pos_weight * targets, yes) + times(neg_weight * (1 - targets), no)
+
+
+@jax.jit
+def _asymmetric(logits, targets, gamma_positive, gamma_negative, margin):
+    yes, no = _sides(logits, targets)
+    yes = shapes.focal(yes, gamma_positive)
+    no = shapes.focal(_with_margin(no, margin), gamma_negative)
+    return times(targets, yes) + times(1 - targets, no)
+
+
+def _sides(logits, like):
+    """Returns (softplus(−z), softplus(z)): what a yes and a no cost."""
+    every, none = jnp.ones_like(like), jnp.zeros_like(like)
+    return apply(_SigmoidCrossEntropy(), logits, every), softplus(logits, none)
+
+
+def softplus(x: jax.Array, zeros: jax.Array) -> jax.Array:
+    """Returns log(1 + exp(x)), what a no costs."""
+    return apply(_SigmoidCrossEntropy(), x, zeros)
+
+
+def _with_margin(losses, margin):
+    """Returns −log(1 − max(p − margin, 0)) of losses −log(1 − p).
+
+    −log(exp(−loss) + margin) = loss − softplus(loss + log margin), where it is positive.
+    """
+    log_margin = jnp.log(margin)
+    infinite = losses == jnp.inf
+    finite = jnp.where(infinite, 0, losses)
+    x = finite + log_margin
+    zeros = jnp.zeros_like(losses)
+    low = finite - softplus(jnp.where(x < 0, x, -1), zeros)
+    high = -log_margin - softplus(jnp.where(x < 0, -1, -x), zeros)
+    shifted = jnp.where(infinite, -log_margin, jnp.where(x < 0, low, high))
+    return jnp.where(shifted > 0, shifted, 0)

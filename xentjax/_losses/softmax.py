@@ -110,7 +110,7 @@ def _call(function, logits, targets, axis, where):
     return meshes.on_automatic_axes(function, logits, axes, targets, where)(logits, targets, where)
 
 
-def _prepared(logits, targets, where, axes):
+def prepared(logits, targets, where, axes):
     """Returns logits [..., V], mass and the mask of examples."""
     z, mask = arguments.masked_logits(logits, where, axes)
     mass = arguments.as_mass(targets, logits.shape, wide_dtype(z.dtype), mask, axes=axes)
@@ -121,12 +121,12 @@ def _prepared(logits, targets, where, axes):
 
 @arguments.jit_unless_traced("axes")
 def _losses(logits, targets, where, axes):
-    return apply(CrossEntropy(), *_prepared(logits, targets, where, axes))[0]
+    return apply(CrossEntropy(), *prepared(logits, targets, where, axes))[0]
 
 
 @arguments.jit_unless_traced("axes")
 def _losses_and_stats(logits, targets, where, axes):
-    z, mass, mask = _prepared(logits, targets, where, axes)
+    z, mass, mask = prepared(logits, targets, where, axes)
     return losses_and_stats(z, mass, mask, mass.heaviest(), mass.is_heaviest)
 
 

@@ -40,7 +40,8 @@ def smooth_labels(
     t' = (1 − alpha) · t + alpha · background
 
     Smooth first and re-weight second where both are wanted: that is label smoothing under class
-    weights as PyTorch has it.
+    weights as PyTorch has it. Targets of yes or no, one or several for an example, go to
+    `smooth_binary_labels`; `value_checks` finds those that come here.
 
     Args:
       targets: Labels int[...], dense float[..., V], or SparseTargets.
@@ -69,7 +70,15 @@ def smooth_labels(
     Source:
       Szegedy et al., Rethinking the Inception Architecture, 2016, section 7.
     """
+    checks.check(
+        getattr(targets, "dtype", None) != jnp.bool_,
+        "targets: expected integer labels, floating dense targets or SparseTargets, got "
+        f"{checks.describe(targets)}; smooth_binary_labels is for yes or no",
+        TypeError,
+    )
     targets, axis = classes_last(_targets.as_targets(targets), axis)
+    if not isinstance(targets, SparseTargets):
+        value_checks.check_one_class("targets", targets)
     alpha = as_number("alpha", alpha, 0, 1)
     if background is not None:
         background = _as_masses_of_classes("background", background, targets)
