@@ -1,9 +1,12 @@
 """Some classes and all others as one outcome: a divergence that is true, and its digits."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import mpmath
 import numpy as np
+import pytest
 from cases import assert_modes_agree, jit
 
 import xentjax
@@ -78,3 +81,80 @@ def test_the_divergence_is_never_negative_and_0_at_equality():
     assert (of_buckets <= whole * (1 + 1e-5) + 1e-12).all()
     assert (dropped < 0).sum() > 50
     np.testing.assert_array_equal(divergences(teacher, teacher)[0], 0)
+
+
+# From the layer before the logits.
+
+TOKENS, FEATURES, VOCABULARY = 5, 3, 300
+HEAD_INDICES = np.stack([RNG.permutation(VOCABULARY)[:K] for _ in range(TOKENS)])
+INPUTS, KERNEL, BIAS = (
+    RNG.standard_normal(s) for s in ((TOKENS, FEATURES), (FEATURES, VOCABULARY), (VOCABULARY,))
+)
+
+
+@pytest.mark.parametrize("memory_budget", [None, 0])
+def test_buckets_of_the_head_are_those_of_its_logits(memory_budget):
+    """With a bias, a class mask, a temperature that is differentiated, and a tied embedding."""
+    keep = np.arange(VOCABULARY) % 7 > 0
+    indices = np.where(keep[HEAD_INDICES], HEAD_INDICES, HEAD_INDICES - 1) % VOCABULARY
+    weights = RNG.standard_normal((TOKENS, K + 1))
+
+    def fused(inputs, kernel, bias, tau):
+        transform = xentjax.temperature(tau)
+        options = {"bias": bias, "class_mask": keep, "memory_budget": memory_budget}
+        return xentjax.linear_bucket_logits(
+            inputs, kernel, indices, class_axis=0, logit_transform=transform, **options
+        )
+
+    def full(inputs, kernel, bias, tau):
+        logits = jnp.where(keep, (inputs @ kernel.T + bias) / tau, -jnp.inf)
+        return plain(logits, indices)
+
+    with jax.enable_x64(True):
+        args = tuple(map(jnp.asarray, (INPUTS, KERNEL.T, BIAS, np.float64(1.5))))
+        got, want = (
+            jit(jax.value_and_grad(lambda *a, f=f: (weights * f(*a)).sum(), (0, 1, 2, 3)))(*args)
+            for f in (fused, full)
+        )
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-11, atol=1e-13), got, want)
+
+
+def test_buckets_of_the_head_in_every_mode():
+    with jax.enable_x64(True):
+        weights = jnp.asarray(RNG.standard_normal((TOKENS, K + 1)))
+        kernel = jnp.asarray(KERNEL)
+
+        def fused(inputs):
+            buckets = xentjax.linear_bucket_logits(inputs, kernel, HEAD_INDICES, memory_budget=0)
+            return (weights * buckets).sum()
+
+        assert_modes_agree(
+            ("jvp", "hessian"),
+            fused,
+            lambda inputs: (weights * plain(inputs @ kernel, HEAD_INDICES)).sum(),
+            (jnp.asarray(INPUTS),),
+        )
+
+
+@pytest.mark.parametrize(("memory_budget", "limit"), [(None, 700), (0, 40)])
+def test_buckets_of_a_large_vocabulary_need_no_array_of_all_logits(memory_budget, limit):
+    """Logits are 8000 MiB here; with gradients to inputs and kernel."""
+    tokens, features, classes, mib = 8192, 2304, 256000, 2**20
+
+    def loss(inputs, kernel, indices):
+        return xentjax.linear_bucket_logits(
+            inputs, kernel, indices, memory_budget=memory_budget
+        ).sum()
+
+    shapes = (tokens, features), (features, classes)
+    arrays = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    indices = jax.ShapeDtypeStruct((tokens, 16), jnp.int32)
+    compiled = jit(jax.value_and_grad(loss, (0, 1))).lower(*arrays, indices).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes / mib <= limit
+
+
+def test_classes_that_the_head_has_not():
+    indices = np.array([[0, 1], [0, VOCABULARY], [-1, 2]])
+    buckets = xentjax.linear_bucket_logits(INPUTS[:3], KERNEL, indices)
+    np.testing.assert_array_equal(np.isnan(buckets).all(-1), [False, True, True])
+    assert np.isfinite(buckets[0]).all()
