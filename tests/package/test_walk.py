@@ -117,6 +117,30 @@ FUNCTIONS = {
     "sigmoid_binary_cross_entropy": lambda z, t, keep: xj.sigmoid_binary_cross_entropy(
         z, (z > 0), where=jnp.stack([keep] * CLASSES, axis=-1)
     ),
+    "sigmoid_binary_cross_entropy of weights": lambda z, t, keep: xj.sigmoid_binary_cross_entropy(
+        z, p(z), pos_weight=BIAS**2, neg_weight=2
+    ),
+    "asymmetric_cross_entropy": lambda z, t, keep: xj.asymmetric_cross_entropy(
+        z, z > 0, 1.0, 4.0, 0.05, where=jnp.stack([keep] * CLASSES, axis=-1)
+    ),
+    "smooth_binary_labels": lambda z, t, keep: xj.smooth_binary_labels(p(z), 0.1),
+    "class_balanced_weights": lambda z, t, keep: xj.class_balanced_weights((z**2).sum(0), 0.9),
+    "focal": lambda z, t, keep: xj.focal(xj.softmax_cross_entropy(z, t, where=keep), 1.5),
+    "poly1": lambda z, t, keep: xj.poly1(xj.softmax_cross_entropy(z, t, where=keep), 2.0),
+    "generalized": lambda z, t, keep: xj.generalized(
+        xj.softmax_cross_entropy(z, t, where=keep), 0.7
+    ),
+    "fit_temperature": lambda z, t, keep: xj.fit_temperature(z, t, where=keep),
+    "expected_calibration_error": lambda z, t, keep: xj.expected_calibration_error(
+        z, t, num_bins=4, where=keep
+    ),
+    "reliability_bins": lambda z, t, keep: jnp.stack(
+        xj.reliability_bins(z, t, num_bins=4, where=keep)
+    ),
+    "brier_score": lambda z, t, keep: xj.brier_score(z, t, where=keep),
+    "softmax_hessian_product": lambda z, t, keep: xj.softmax_hessian_product(
+        z, t, z[::-1], where=keep
+    ),
     "multilabel_cross_entropy": lambda z, t, keep: xj.multilabel_cross_entropy(z, p(z), where=keep),
     "binary_cross_entropy": lambda z, t, keep: xj.binary_cross_entropy(p(z), z > 0),
     "top_k_targets": lambda z, t, keep: xj.softmax_cross_entropy(
@@ -148,8 +172,17 @@ FUNCTIONS = {
     "softmax_surprisal": rowwise(xj.softmax_surprisal),
     "softmax_entropy": rowwise(xj.softmax_entropy),
     "softmax_kl_divergence": lambda z, t, keep: xj.softmax_kl_divergence(z, 2 * z, where=keep),
+    "softmax_js_divergence": lambda z, t, keep: xj.softmax_js_divergence(
+        z, 2 * z, beta=0.25, where=keep
+    ),
+    "target_entropy": lambda z, t, keep: xj.target_entropy(xj.mix_targets(t, p(z), 0.5), CLASSES),
+    "target_kl_divergence": lambda z, t, keep: xj.target_kl_divergence(z, t, where=keep),
 }
-TRANSFORMS = {"soft_cap", "temperature"}  # They keep the dtype of their argument.
+TRANSFORMS = {
+    "soft_cap",
+    "temperature",
+    "softmax_hessian_product",
+}  # They keep the dtype of their argument.
 LOSSES = [n for n in FUNCTIONS if "softmax_cross_entropy" in n and "teacher" not in n]
 FORMS = ["labels", "dense", "smoothed", "prior", "two backgrounds", "teacher"]
 CASES = [(name, "labels") for name in FUNCTIONS] + [

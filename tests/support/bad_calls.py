@@ -132,6 +132,72 @@ def sigmoid_calls():
     yield Bad(multilabel, (Z, Z), {"axis": "last"}, *kind_of("axis", "int", "'last'"))
 
 
+def weight_calls():
+    """Weights of yes and no, numbers of a shape, and functions of binary targets."""
+    for function in (xj.sigmoid_binary_cross_entropy, xj.multilabel_cross_entropy):
+        for name in ("pos_weight", "neg_weight"):
+            for weight, error in [
+                (jnp.ones(4), shape_of(name, "(3,)", "[4]")),
+                (jnp.ones((1, 3)), shape_of(name, "(4, 3)", "[1, 3]")),
+                (-1.0, shape_of(name, "[0, inf]", "-1.0")),
+                (1j, kind_of(name, "real numbers", "complex64")),
+                ("two", kind_of(name, "real numbers", "'two'")),
+            ]:
+                yield Bad(function, (Z, P), {name: weight}, *error)
+        sparse = xj.smooth_labels(LABELS, 0.1)
+        yield Bad(function, (Z, sparse), {}, *kind_of("targets", "", "SparseTargets(batch=(4,)"))
+    asymmetric = xj.asymmetric_cross_entropy
+    yield Bad(asymmetric, (Z, LABELS, 1, 4, 0), {}, *shape_of("targets", "(4, 3)", "[4]"))
+    yield Bad(asymmetric, (Z, P, -1, 4, 0), {}, *shape_of("gamma_positive", "[0, inf]", "-1"))
+    yield Bad(asymmetric, (Z, P, 1, P, 0), {}, *shape_of("gamma_negative", "scalar", "[4, 3]"))
+    yield Bad(asymmetric, (Z, P, 1, 4, 1.5), {}, *shape_of("margin", "[0, 1]", "1.5"))
+    for function, name, bad in [
+        (xj.focal, "gamma", -1.0),
+        (xj.poly1, "epsilon", -2.0),
+        (xj.generalized, "q", 1.5),
+    ]:
+        yield Bad(function, (ints(4), 1.0), {}, *kind_of("losses", FLOATS, "int32[4]"))
+        yield Bad(function, (LOSSES, bad), {}, *shape_of(name, "values in", str(bad)))
+        yield Bad(function, (LOSSES, jnp.ones(3)), {}, *shape_of(name, "(4,)", "[3]"))
+        yield Bad(function, (LOSSES, "two"), {}, *kind_of(name, "real number", "'two'"))
+    smooth, balanced = xj.smooth_binary_labels, xj.class_balanced_weights
+    yield Bad(smooth, (P, 1.5), {}, *shape_of("alpha", "[0, 1]", "1.5"))
+    yield Bad(smooth, (1j * P, 0.1), {}, *kind_of("targets", "float, bool or int", "complex64"))
+    sparse = xj.smooth_labels(LABELS, 0.1)
+    yield Bad(smooth, (sparse, 0.1), {}, *kind_of("targets", "float, bool or int", "SparseTargets"))
+    yield Bad(balanced, (P, 0.9), {}, *shape_of("counts", "[V]", "float32[4, 3]"))
+    yield Bad(balanced, (bools(3), 0.9), {}, *kind_of("counts", "int or float", "bool[3]"))
+    yield Bad(balanced, (ints(3), 1.5), {}, *shape_of("beta", "[0, 1]", "1.5"))
+
+
+def calibration_calls():
+    for function in (xj.fit_temperature, xj.expected_calibration_error, xj.reliability_bins):
+        yield Bad(function, (Z, ints(3)), {}, *shape_of("targets", "(4,)", "(3,)"))
+        yield Bad(function, (ints(4, 3), LABELS), {}, *kind_of("logits", FLOATS, "int32[4, 3]"))
+        yield Bad(function, (Z, LABELS), {"where": bools(3)}, *shape_of("where", "(4,)", "(3,)"))
+        if function is not xj.fit_temperature:
+            for bins, error in [
+                (0, shape_of("num_bins", "positive int", "0")),
+                (1.5, kind_of("num_bins", "positive int", "1.5")),
+            ]:
+                yield Bad(function, (Z, LABELS), {"num_bins": bins}, *error)
+    for function in (xj.brier_score, xj.target_kl_divergence):
+        yield from softmax_calls(function)
+    product = xj.softmax_hessian_product
+    yield Bad(product, (Z, LABELS, Z[:1]), {}, *shape_of("vectors", "(4, 3)", "[1, 3]"))
+    yield Bad(product, (Z, LABELS, ints(4, 3)), {}, *kind_of("vectors", FLOATS, "int32[4, 3]"))
+    entropy, js = xj.target_entropy, xj.softmax_js_divergence
+    yield Bad(entropy, (P, 5), {}, *shape_of("targets", "5 classes", "3"))
+    yield Bad(entropy, (LABELS, 0), {}, *shape_of("num_classes", "positive int", "0"))
+    yield Bad(entropy, (LABELS, 3), {"base": 1}, *shape_of("base", "positive", "1"))
+    for beta, error in [
+        (0.0, shape_of("beta", "between 0 and 1", "0.0")),
+        (1, shape_of("beta", "between 0 and 1", "1")),
+        ("half", kind_of("beta", "number", "'half'")),
+    ]:
+        yield Bad(js, (Z, Z), {"beta": beta}, *error)
+
+
 def target_calls():
     smooth, mix = xj.smooth_labels, xj.mix_targets
     for number in ("dog", None, 1j, True):
@@ -421,6 +487,8 @@ BAD = [
     *linear_calls(xj.linear_softmax_cross_entropy_with_stats),
     *linear_options(),
     *sigmoid_calls(),
+    *weight_calls(),
+    *calibration_calls(),
     *target_calls(),
     *teacher_calls(),
     *contrast_calls(),
@@ -451,6 +519,8 @@ HEAD = {
 SOFTMAX = {"logits": Z, "targets": LABELS, "axis": -1, "where": KEEP}
 AUGMENTATION = {"targets": LABELS, "alpha": 0.4, "per_example": False, "where": KEEP, "axis": -1}
 CONTRAST = {"embeddings": Z, "labels": LABELS, "temperature": 0.5, "where": KEEP}
+BINARY = {"logits": Z, "targets": P, "pos_weight": 2.0, "neg_weight": P, "where": MASK}
+BINS = {"logits": Z, "labels": LABELS, "num_bins": 5, "axis": -1, "where": KEEP}
 PAIR = {"p": P, "q": P, "axis": -1, "base": 2}
 BATCHES = {"loss_fn": loss_fn, "microbatches": 2, "has_aux": False}
 
@@ -469,8 +539,36 @@ GOOD = {
     xj.linear_softmax_cross_entropy_with_stats: HEAD,
     xj.soft_cap: {"cap": 30.0},
     xj.temperature: {"tau": 2.0},
-    xj.sigmoid_binary_cross_entropy: {"logits": Z, "targets": P, "where": MASK},
-    xj.multilabel_cross_entropy: {"logits": Z, "targets": P, "where": MASK, "axis": -1},
+    xj.sigmoid_binary_cross_entropy: BINARY,
+    xj.multilabel_cross_entropy: BINARY | {"axis": -1},
+    xj.asymmetric_cross_entropy: {
+        "logits": Z,
+        "targets": P,
+        "gamma_positive": 1.0,
+        "gamma_negative": 4.0,
+        "margin": 0.05,
+        "where": MASK,
+    },
+    xj.smooth_binary_labels: {"targets": P, "alpha": 0.1},
+    xj.class_balanced_weights: {"counts": P[0], "beta": 0.9},
+    xj.focal: {"losses": LOSSES, "gamma": 2.0},
+    xj.poly1: {"losses": LOSSES, "epsilon": 2.0},
+    xj.generalized: {"losses": LOSSES, "q": 0.7},
+    xj.fit_temperature: SOFTMAX,
+    xj.expected_calibration_error: BINS,
+    xj.reliability_bins: BINS,
+    xj.brier_score: SOFTMAX,
+    xj.softmax_hessian_product: SOFTMAX | {"vectors": Z},
+    xj.target_entropy: {"targets": P, "num_classes": 3, "axis": -1, "base": 2},
+    xj.target_kl_divergence: SOFTMAX | {"base": 2},
+    xj.softmax_js_divergence: {
+        "p_logits": Z,
+        "q_logits": Z,
+        "beta": 0.5,
+        "axis": -1,
+        "base": 2,
+        "where": KEEP,
+    },
     xj.binary_cross_entropy: {"probabilities": P, "targets": P, "where": MASK},
     xj.top_k_targets: {"logits": Z, "k": 2, "temperature": 2.0, "tail": "drop"},
     xj.teacher_targets: {"indices": ints(4, 2), "log_probabilities": P[:, :2], "tail": "drop"},
