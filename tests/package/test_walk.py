@@ -150,6 +150,9 @@ FUNCTIONS = {
         z, xj.teacher_targets(best_classes(z), z[:, :3]), where=keep
     ),
     "bucket_logits": lambda z, t, keep: xj.bucket_logits(z, best_classes(z)),
+    "linear_bucket_logits": lambda z, t, keep: xj.linear_bucket_logits(
+        z[:, :4], jnp.asarray(KERNEL, z.dtype), best_classes(z), memory_budget=0
+    ),
     "info_nce": lambda z, t, keep: xj.info_nce(z, 2 * z, temperature=2.0, where=keep),
     "nt_xent": lambda z, t, keep: xj.nt_xent(z, t, temperature=2.0, where=keep),
     "supervised_contrastive": lambda z, t, keep: xj.supervised_contrastive(
