@@ -224,6 +224,10 @@ EXPORTED = {
     "top_k_targets": (prepared(lambda t: xentjax.top_k_targets(t, 2)), (Z, Z[::-1])),
     "teacher_targets": (prepared(xentjax.teacher_targets), (Z, PAIRS, Z[:, :2])),
     "bucket_logits": (lambda z: xentjax.bucket_logits(z, PAIRS).sum(), (Z,)),
+    "linear_bucket_logits": (
+        lambda x, w: xentjax.linear_bucket_logits(x, w, PAIRS).sum(),
+        (X, W),
+    ),
     "info_nce": (mean(functools.partial(xentjax.info_nce, temperature=0.5)), (Z, P)),
     "nt_xent": (mean(functools.partial(xentjax.nt_xent, temperature=0.5)), (Z, LABELS)),
     "supervised_contrastive": (
