@@ -442,6 +442,20 @@ def teacher_calls():
         ((Z[:, :0], ints(4, 2)), shape_of("logits", "at least one class", "[4, 0]")),
     ]:
         yield Bad(xj.bucket_logits, args, {}, *error)
+    x, w, function = jnp.zeros((4, 2)), jnp.ones((2, 3)), xj.linear_bucket_logits
+    for args, options, error in [
+        ((ints(4, 2), w, K1[0]), {}, kind_of("inputs", FLOATS, "int32[4, 2]")),
+        ((x, w.T, K1[0]), {}, shape_of("kernel", "2 features", "[3, 2]")),
+        ((x, w, K1[1]), {}, kind_of("indices", "integers", "float32[4, 1]")),
+        ((x, w, K1[0][:3]), {}, shape_of("indices", "(4, 1)", "[3, 1]")),
+        ((x, w, K1[0][:, :0]), {}, shape_of("indices", "[..., K]", "[4, 0]")),
+        ((x, w, K1[0]), {"bias": LOSSES}, shape_of("bias", "(3,)", "[4]")),
+        ((x, w, K1[0]), {"class_mask": ints(3)}, kind_of("class_mask", "bool", "int32[3]")),
+        ((x, w, K1[0]), {"class_axis": 2}, shape_of("class_axis", "0", "2")),
+        ((x, w, K1[0]), {"logit_transform": 2.0}, kind_of("logit_transform", "function", "2.0")),
+        ((x, w, K1[0]), {"memory_budget": -1}, shape_of("memory_budget", "bytes", "-1")),
+    ]:
+        yield Bad(function, args, options, *error)
 
 
 def contrast_calls():
@@ -573,6 +587,10 @@ GOOD = {
     xj.top_k_targets: {"logits": Z, "k": 2, "temperature": 2.0, "tail": "drop"},
     xj.teacher_targets: {"indices": ints(4, 2), "log_probabilities": P[:, :2], "tail": "drop"},
     xj.bucket_logits: {"logits": Z, "indices": ints(4, 2)},
+    xj.linear_bucket_logits: {
+        k: v for k, v in HEAD.items() if k not in ("targets", "where", "weights", "reduction")
+    }
+    | {"indices": ints(4, 2)},
     xj.info_nce: {"queries": Z, "keys": P, "temperature": 0.5, "symmetric": True, "where": KEEP},
     xj.nt_xent: CONTRAST,
     xj.supervised_contrastive: CONTRAST,
