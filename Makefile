@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test prove lint clean
+.PHONY: demo test prove lint docs clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m xentjax demo
@@ -20,8 +20,12 @@ lint: $(VENV)/.lint
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
+# The pages lie in docs/_build/html and are read without a network. Warnings are errors.
+docs: $(VENV)/.docs
+	$(BIN)/python -m sphinx --builder html --fail-on-warning --keep-going --quiet docs docs/_build/html
+
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) docs/_build docs/api docs/notebooks
 
 $(VENV)/.pip:
 	$(PYTHON) -m venv $(VENV)
@@ -34,6 +38,10 @@ $(VENV)/.demo: $(VENV)/.pip pyproject.toml
 
 $(VENV)/.test: $(VENV)/.demo
 	$(BIN)/python -m pip install --quiet --group test
+	touch $@
+
+$(VENV)/.docs: $(VENV)/.demo
+	$(BIN)/python -m pip install --quiet --group docs
 	touch $@
 
 $(VENV)/.lint: $(VENV)/.test
