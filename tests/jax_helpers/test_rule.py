@@ -12,6 +12,7 @@ from cases import (
     assert_modes_agree,
     floating_leaves,
     jit,
+    mainly,
     plain_softmax_cross_entropy,
     target_forms,
 )
@@ -189,7 +190,7 @@ def derivatives_along(f, x):
     return jit(lambda x: jax.tree.map(lambda f: f(x), modes))(x)
 
 
-@pytest.mark.parametrize("loop", LOOPS)
+@pytest.mark.parametrize("loop", mainly(LOOPS, "map", "map of checkpoint", "vmap of scan"))
 def test_loops_are_differentiated_three_times(loop):
     def derivatives(function):
         looped = LOOPS[loop](function)
@@ -365,8 +366,13 @@ FORMS = [
 ]
 
 
-@pytest.mark.parametrize(("loss", "form"), FORMS)
-def test_every_mode_to_every_float_argument(loss, form):
+@pytest.mark.parametrize(
+    "case",
+    mainly(FORMS, *[("z-loss", form) for form in ("labels", "dense", "teacher")]),
+    ids=str,
+)
+def test_every_mode_to_every_float_argument(case):
+    loss, form = case
     ours, plain, _ = LOSSES[loss]
     floats, rebuild = floating_leaves(target_forms(BATCH, CLASSES)[form])
     args = (_logits(), *floats)
@@ -377,7 +383,7 @@ def test_every_mode_to_every_float_argument(loss, form):
     assert_modes_agree(MODES, scalar(ours), scalar(plain), args)
 
 
-@pytest.mark.parametrize("form", ["labels", "dense"])
+@pytest.mark.parametrize("form", mainly(["labels", "dense"], "dense"))
 def test_vmap_of_every_mode_is_the_loop(form):
     targets = target_forms(BATCH, CLASSES)[form]
     logits = jnp.stack([_logits(0), _logits(1)])
@@ -413,8 +419,13 @@ IN_LOOPS = [
 ]
 
 
-@pytest.mark.parametrize(("loss", "form", "loop"), IN_LOOPS)
-def test_losses_in_loops_are_differentiated_three_times(loss, form, loop):
+@pytest.mark.parametrize(
+    "case",
+    mainly(IN_LOOPS, ("softmax", "labels", "map"), ("entropy", "labels", "map of checkpoint")),
+    ids=str,
+)
+def test_losses_in_loops_are_differentiated_three_times(case):
+    loss, form, loop = case
     targets, logits = target_forms(2, CLASSES)[form], _logits()[:2]
 
     def derivatives(function):
