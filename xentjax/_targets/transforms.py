@@ -70,12 +70,11 @@ def smooth_labels(
     Source:
       Szegedy et al., Rethinking the Inception Architecture, 2016, section 7.
     """
-    checks.check(
-        getattr(targets, "dtype", None) != jnp.bool_,
-        "targets: expected integer labels, floating dense targets or SparseTargets, got "
-        f"{checks.describe(targets)}; smooth_binary_labels is for yes or no",
-        TypeError,
-    )
+    if getattr(targets, "dtype", None) == jnp.bool_:
+        raise TypeError(
+            "targets: expected integer labels, floating dense targets or SparseTargets, got "
+            f"{checks.describe(targets)}; smooth_binary_labels is for yes or no"
+        )
     targets, axis = classes_last(_targets.as_targets(targets), axis)
     if not isinstance(targets, SparseTargets):
         value_checks.check_one_class("targets", targets)
