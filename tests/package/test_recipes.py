@@ -52,6 +52,7 @@ def kl(p_logits, q_logits):
 N, D, V, K, T = 6, 4, 10, 3, 2.0
 TEACHER, STUDENT = 2 * normal(N, V), 2 * normal(N, V)
 FEATURES, KERNEL, ROWS = normal(N, D), normal(D, V), normal(V, D)
+STORED = -np.sort(np.log(np.exp(TEACHER).sum(-1, keepdims=True)) - TEACHER, axis=-1)[:, :K]
 LABELS = RNG.integers(0, V, N)
 PRIOR = RNG.dirichlet(np.ones(V))
 
@@ -152,6 +153,11 @@ CASES = {
         functools.partial(plain_top_k, tail="background"),
     ),
     "bucket_distillation": ({"k": K}, (STUDENT, TEACHER), plain_buckets),
+    "stored_bucket_distillation": (
+        {"indices": np.argsort(-TEACHER, axis=-1)[:, :K], "log_probabilities": STORED},
+        (FEATURES, KERNEL),
+        lambda features, kernel: plain_buckets(T * (features @ kernel), T * TEACHER) / T**2,
+    ),
     "clip": ({}, (FEATURES, normal(N, D), np.float64(1.5)), plain_clip),
     "sim_clr": ({}, (FEATURES, normal(N, D)), plain_sim_clr),
     "mo_co": ({}, (FEATURES, normal(N, D), normal(7, D)), plain_mo_co),
