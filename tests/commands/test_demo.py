@@ -84,7 +84,7 @@ def test_demo_table(demo, name):
     confidences, correct = np.exp(logits.max(-1) - lse), logits.argmax(-1) == labels
     calibration_error = 0.0
     for low in np.arange(10) / 10:
-        inside = (confidences >= low) & (confidences < low + 0.1)
+        inside = (confidences > low) & (confidences <= low + 0.1)
         calibration_error += abs(np.sum(correct[inside]) - np.sum(confidences[inside]))
     accuracy, confidence, ece, loss, by_optax, bits, perplexity = table_row(demo.out, name)
     assert accuracy == pytest.approx(100 * correct.mean(), abs=0.05001)

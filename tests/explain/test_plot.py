@@ -35,7 +35,7 @@ CALLS = {
     "loss_surface": (quadratic, jnp.zeros(2), (jnp.eye(2)[0], jnp.eye(2)[1])),
     "steps_to_target": (GUESS, np.eye(3)[2]),
     "target_bars": ({"label": 1, "smoothed": xj.smooth_labels(1, 0.1)}, 4),
-    "reliability": ([0.55, np.nan, 0.95], [0.5, np.nan, 0.9], [10, 0, 30]),
+    "reliability": (xj.ReliabilityBins(*np.array([[10, 0, 30], [5.5, 0, 28.5], [5, 0, 27]])),),
 }
 
 
@@ -177,15 +177,15 @@ def test_target_bars_are_the_dense_targets():
 
 
 def test_reliability_of_two_models():
-    ax = xp.reliability([0.55, np.nan, 0.95], [0.5, np.nan, 0.9], [10, 0, 30], label="one")
-    xp.reliability([0.6, 0.7, 0.9], [0.9, 0.8, 1.0], [4, 5, 6], label="two", fewest=5, ax=ax)
+    counts, confidence, accuracy = np.array([[4, 5, 6], [0.6, 0.7, 0.9], [0.9, 0.8, 1.0]])
+    two = xj.ReliabilityBins(counts, counts * confidence, counts * accuracy)
+    ax = xp.reliability(*CALLS["reliability"], label="one")
+    xp.reliability(two, label="two", fewest=5, ax=ax)
     names = [text.get_text() for text in ax.get_legend().get_texts()]
     assert names == ["calibrated", "one", "two"]
     np.testing.assert_allclose(ax.lines[1].get_data(), [[55, 95], [50, 90]])
     np.testing.assert_allclose(ax.lines[2].get_data(), [[70, 90], [80, 100]])
     assert ax.lines[1].get_color() != ax.lines[2].get_color()
-    with pytest.raises(ValueError, match=r"counts: expected shape \(2,\)"):
-        xp.reliability([0.5, 0.6], [0.5, 0.6], [1], ax=plt.figure().subplots())
 
 
 @pytest.mark.parametrize("name", CALLS)

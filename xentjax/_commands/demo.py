@@ -16,14 +16,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jaxtyping import Array, Float, Int
+from matplotlib import style
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from sklearn.datasets import load_digits
 
 import xentjax
-from xentjax._commands.common import COLOURS, check_writable, fail, progress_bar, tidy
+from xentjax._commands.common import check_writable, fail, progress_bar
 from xentjax._explain.text import definitions, paragraph, table
+from xentjax.plot import STYLE, reliability
 
 TRAIN_SIZE = 900
 BATCH_SIZE = 50
@@ -89,9 +91,7 @@ class Result:
         (Guo et al., On Calibration of Modern Neural Networks, 2017, section 2).
       loss: Mean cross-entropy of the hard labels, in nats.
       optax_loss: The same by optax, from the same logits.
-      counts: Predictions in each bin, int[NUM_BINS].
-      bin_confidence: Mean confidence in each bin, float64[NUM_BINS]; NaN in an empty one.
-      bin_accuracy: Accuracy in each bin, likewise.
+      bins: The reliability diagram of the test set.
     """
 
     accuracy: float
@@ -99,9 +99,7 @@ class Result:
     calibration_error: float
     loss: float
     optax_loss: float
-    counts: np.ndarray
-    bin_confidence: np.ndarray
-    bin_accuracy: np.ndarray
+    bins: xentjax.ReliabilityBins
 
     def optax_difference(self) -> float:
         """Returns the relative difference from optax's loss."""
@@ -226,24 +224,15 @@ def learn(recipe: Recipe, train: Set, test: Set, epochs: int, seed: int) -> Iter
 
 def measure(epoch: Epoch, labels: np.ndarray) -> Result:
     """Sorts the predictions into bins of equal width by confidence; asks optax for its loss."""
-    surprisals = np.asarray(jax.jit(xentjax.softmax_surprisal)(epoch.logits), np.float64)
-    confidence, correct = np.exp(-surprisals.min(-1)), surprisals.argmin(-1) == labels
-    bins = np.minimum((confidence * NUM_BINS).astype(int), NUM_BINS - 1)
-    counts = np.bincount(bins, minlength=NUM_BINS)
-    with np.errstate(invalid="ignore"):  # 0 / 0 in an empty bin.
-        bin_confidence = np.bincount(bins, confidence, NUM_BINS) / counts
-        bin_accuracy = np.bincount(bins, correct, NUM_BINS) / counts
-    gaps = np.abs(bin_accuracy - bin_confidence)
+    bins = xentjax.reliability_bins(epoch.logits, labels, num_bins=NUM_BINS)
     optax_losses = optax.softmax_cross_entropy_with_integer_labels(epoch.logits, labels)
     return Result(
         accuracy=epoch.accuracy,
-        confidence=float(confidence.mean()),
-        calibration_error=float(np.nansum(counts * gaps) / len(labels)),
+        confidence=float(bins.confidence.sum() / bins.count.sum()),
+        calibration_error=float(bins.expected_calibration_error()),
         loss=epoch.loss,
         optax_loss=float(np.asarray(optax_losses, np.float64).mean()),
-        counts=counts,
-        bin_confidence=bin_confidence,
-        bin_accuracy=bin_accuracy,
+        bins=bins,
     )
 
 
@@ -288,22 +277,26 @@ def columns(results: dict[str, Result]) -> list[list[str]]:
 
 def picture(courses: dict[str, list[Epoch]], results: dict[str, Result]) -> Figure:
     """Returns the loss by epoch beside the reliability diagram."""
-    figure = Figure(figsize=(11, 5.5), layout="constrained")
-    axes = figure.subplot_mosaic(
-        [["loss", "reliability"], ["loss", "shares"]], height_ratios=[3, 1], width_ratios=[1.1, 1]
-    )
-    figure.suptitle("Handwritten digits: one network, three kinds of targets", weight="bold")
-    draw_losses(axes["loss"], courses)
-    draw_reliability(axes["reliability"], results)
-    draw_shares(axes["shares"], results)
-    for ax in axes.values():
-        tidy(ax)
+    with style.context(STYLE):
+        figure = Figure(figsize=(11, 5.5))
+        axes = figure.subplot_mosaic(
+            [["loss", "reliability"], ["loss", "shares"]],
+            height_ratios=[3, 1],
+            width_ratios=[1.1, 1],
+        )
+        figure.suptitle("Handwritten digits: one network, three kinds of targets", weight="bold")
+        draw_losses(axes["loss"], courses)
+        for name, result in results.items():
+            label = f"{name}: ECE {result.calibration_error:.1%}"
+            reliability(result.bins, label=label, fewest=FEWEST_SHOWN, ax=axes["reliability"])
+        draw_shares(axes["shares"], results)
     return figure
 
 
 def draw_losses(ax: Axes, courses: dict[str, list[Epoch]]) -> None:
     """Draws the loss on the test set, and on the targets of the training."""
-    for (name, course), colour in zip(courses.items(), COLOURS, strict=True):
+    for i, (name, course) in enumerate(courses.items()):
+        colour = f"C{i}"
         epochs = range(1, len(course) + 1)
         losses = [epoch.loss for epoch in course]
         ax.plot(epochs, losses, color=colour, marker=".", label=f"{name}: test")
@@ -316,32 +309,13 @@ def draw_losses(ax: Axes, courses: dict[str, list[Epoch]]) -> None:
     ax.legend(loc="upper right", fontsize="small", framealpha=0.9)
 
 
-def draw_reliability(ax: Axes, results: dict[str, Result]) -> None:
-    """Draws accuracy over confidence; a calibrated network keeps to the diagonal."""
-    ax.plot([0, 100], [0, 100], color="0.4", ls=":", label="calibrated")
-    for (name, result), colour in zip(results.items(), COLOURS, strict=True):
-        shown = result.counts >= FEWEST_SHOWN
-        ax.plot(
-            100 * result.bin_confidence[shown],
-            100 * result.bin_accuracy[shown],
-            color=colour,
-            marker="o",
-            clip_on=False,
-            label=f"{name}: ECE {result.calibration_error:.1%}",
-        )
-    ax.set_title(f"Reliability (bins of {FEWEST_SHOWN} predictions or more)")
-    ax.set(xlim=(0, 100), ylabel="accuracy (%)", ylim=(0, 103))
-    ax.text(3, 42, "under-confident", color="0.4", fontstyle="italic")
-    ax.text(66, 20, "over-confident", color="0.4", fontstyle="italic")
-    ax.legend(loc="upper left", fontsize="small", framealpha=0.9)
-
-
 def draw_shares(ax: Axes, results: dict[str, Result]) -> None:
     """Draws how many of the predictions each bin of confidence holds."""
     width = 100 / NUM_BINS / (len(results) + 1)
     left = np.linspace(0, 100, NUM_BINS, endpoint=False) + width
-    for i, (result, colour) in enumerate(zip(results.values(), COLOURS, strict=True)):
-        shares = 100 * result.counts / result.counts.sum()
-        ax.bar(left + i * width, shares, width, color=colour)
+    for i, result in enumerate(results.values()):
+        counts = np.asarray(result.bins.count)
+        shares = 100 * counts / counts.sum()
+        ax.bar(left + i * width, shares, width, color=f"C{i}")
     ax.set(xlabel="confidence: probability of the predicted class (%)", xlim=(0, 100))
     ax.set(ylabel="predictions (%)", ylim=(0, 100))
