@@ -26,8 +26,8 @@ KERNEL, BIAS = Z[:3], Z[0]
 SPARSE = (LABELS[:, None], np.ones((ROWS, 1), np.float32))
 KEEP = np.arange(ROWS) != 1  # Row 1 is dropped.
 
-NOT_NAN = "expected numbers, got nan"
-NOT_NEGATIVE = "expected values of at least 0, got -0.5"
+NOT_NAN = "expected numbers( below inf)?, got nan"
+NOT_NEGATIVE = "expected finite values of at least 0, got -0.5"
 IN_RANGE = r"expected labels in \[0, 3\), got 7"
 
 
@@ -61,6 +61,10 @@ CASES = {
     "logits": (
         lambda z, **o: xj.softmax_cross_entropy(z, LABELS, **o),
         *(Z, NAN, "logits", NOT_NAN, True),
+    ),
+    "infinite logits": (
+        lambda z, **o: xj.softmax_cross_entropy(z, LABELS, **o),
+        *(Z, np.inf, "logits", "expected numbers below inf, got inf", True),
     ),
     "logits of the entropy": (
         xj.softmax_entropy,
@@ -166,7 +170,7 @@ def test_an_error_is_raised_at_once_where_there_are_values():
     bad = spoiled(Z, NAN)
     xj.softmax_cross_entropy(bad, LABELS)
     with xj.value_checks():
-        message = r"^logits: expected numbers, got nan at position \[1 0\]"
+        message = r"^logits: expected numbers below inf, got nan at position \[1 0\]"
         with pytest.raises(ValueError, match=message):
             xj.softmax_cross_entropy(bad, LABELS)
 
@@ -213,8 +217,16 @@ def test_in_compiled_functions_checkify_has_the_error(transform):
     run = jit(checkify.checkify(transform(checked)))
     for logits, targets, wanted in [
         (Z, PROBABILITIES, None),
-        (spoiled(Z, NAN), PROBABILITIES, "logits: expected numbers, got nan at position "),
-        (Z, spoiled(PROBABILITIES, -0.5), "targets: expected values of at least 0, got -0.5"),
+        (
+            spoiled(Z, NAN),
+            PROBABILITIES,
+            "logits: expected numbers below inf, got nan at position ",
+        ),
+        (
+            Z,
+            spoiled(PROBABILITIES, -0.5),
+            "targets: expected finite values of at least 0, got -0.5",
+        ),
     ]:
         error, _ = run(logits, targets)
         assert error.get() is None if wanted is None else error.get().startswith(wanted)

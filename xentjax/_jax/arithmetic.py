@@ -65,8 +65,9 @@ def times_log_excess(x: jax.Array) -> jax.Array:
 def relative_growth(x: jax.Array) -> jax.Array:
     """Returns (x − c) / c at c = x: 0, with the derivative 1 / x, beside small factors too."""
     c = jax.lax.stop_gradient(x)
+    normal = jnp.abs(c) >= jnp.finfo(c.dtype).tiny  # XLA's CPU code makes 0 of others (0.10.2).
     scale = inverse_scale(c)
-    return (x - c) / (c * scale) * scale
+    return jnp.where(normal, (x - c) / jnp.where(normal, c * scale, 1) * scale, 0)
 
 
 def _power_series(first, e, ratios):

@@ -102,8 +102,12 @@ def check_interval(name: str, x: Any, low: float, high: float) -> None:
 
 
 def as_positive(name: str, x: Any) -> jax.Array:
-    """Returns a positive finite scalar as an array of floats; a traced one is not looked at."""
-    return _as_scalar(name, x, "a positive number", lambda value: 0 < value < math.inf)
+    """Returns a scalar in [1e-30, 1e30] as an array of floats; a traced one is not looked at.
+
+    Quotients by it are then far from overflow, and from what XLA's CPU code makes 0 (0.10.2).
+    """
+    kind = "a positive number from 1e-30 to 1e30"
+    return _as_scalar(name, x, kind, lambda value: 1e-30 <= value <= 1e30)
 
 
 def as_nonnegative(name: str, x: Any) -> jax.Array:

@@ -19,6 +19,18 @@ def axis_names(axis_name: AxisName) -> tuple[Hashable, ...]:
     return tuple(axis_name) if isinstance(axis_name, list | tuple) else (axis_name,)
 
 
+def mapped_axes(axis_name: AxisName) -> tuple[Hashable, ...]:
+    """Returns axes as a tuple; raises ValueError unless a map around the caller has each."""
+    axes = axis_names(axis_name)
+    try:
+        for name in axes:
+            jax.lax.axis_index(name)
+    except (NameError, TypeError):
+        expected = "axis_name: expected axes of a jax.vmap, jax.pmap or jax.shard_map around"
+        raise ValueError(f"{expected}, got {axis_name!r}") from None
+    return axes
+
+
 def varying_axes(tree: Any) -> frozenset[Hashable]:
     """Returns the mesh axes along which devices may have different values of some array."""
     return frozenset().union(*map(_varying_axes, jax.tree.leaves(tree)))

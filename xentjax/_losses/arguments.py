@@ -95,14 +95,14 @@ def masked_logits(
     shape = logits.shape
     logits = classes_last(logits, axes)
     if where is None:
-        value_checks.check_not_nan("logits", logits)
+        value_checks.check_logits(logits, None)
         return logits, None
     where = checks.as_mask(where, logits.shape[:-1], shape, classes)
     if where.shape != shape:
-        value_checks.check_not_nan("logits", logits, where)
+        value_checks.check_logits(logits, where)
         return logits, where
     keep = classes_last(where, axes)
-    value_checks.check_not_nan("logits", logits, keep)
+    value_checks.check_logits(logits, keep)
     return jnp.where(keep, logits, jnp.full_like(logits, -jnp.inf)), keep.any(-1)
 
 

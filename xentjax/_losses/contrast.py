@@ -82,7 +82,7 @@ def info_nce(
         f"keys: expected {wanted} of {features} features, got {checks.describe(keys)}",
     )
     where = _as_mask(where, num_pairs, "queries")
-    axes = None if axis_name is None else meshes.axis_names(axis_name)
+    axes = None if axis_name is None else meshes.mapped_axes(axis_name)
     losses = _info_nce(queries, keys, tau, where, axes)
     if not symmetric:
         return losses
@@ -220,7 +220,7 @@ def _of_labels(loss_of_row, embeddings, labels, temperature, where, axis_name):
     checks.check_shape("labels", labels, x.shape[:1], "one for each of embeddings")
     tau = checks.as_positive("temperature", temperature)
     where = _as_mask(where, x.shape[0], "embeddings")
-    axes = None if axis_name is None else meshes.axis_names(axis_name)
+    axes = None if axis_name is None else meshes.mapped_axes(axis_name)
     run = functools.partial(_by_blocks_of_rows, loss_of_row=loss_of_row, axes=axes)
     others = labels, tau, where
     return meshes.on_automatic_axes(run, x, (1,), others)(x, *others)

@@ -77,7 +77,7 @@ class KLParts(NamedTuple):
     def q_less_p(self) -> jax.Array:
         """Returns q − p, to full relative precision where q is near p."""
         growth = self.d - self.finite_divergence
-        near = (jnp.abs(growth) < 1) & (self.p > 0)
+        near = (jnp.abs(growth) < 1) & (self.p > 0) & (self.x > -jnp.inf)
         close = self.p * jnp.expm1(jnp.where(near, growth, 0))
         return jnp.where(near, close, jnp.exp(self.x - self.finite_divergence) - self.p)
 
@@ -110,7 +110,8 @@ def kl_parts(a, b, axes):
     top = jax.lax.stop_gradient(largest(x))
     is_large = top > 1
     d_if_small, x_if_small = jnp.where(is_large, 0, d), jnp.where(is_large, 0, x)
-    excess = p * arithmetic.exp_less_line(d_if_small)
+    is_lost = ~impossible & ~counted  # Possible under p alone: exp(d) is 0 there.
+    excess = p * jnp.where(is_lost, -1, arithmetic.exp_less_line(d_if_small))
     small = total(jnp.where(impossible, jnp.exp(x_if_small), excess))
     x_if_large = jnp.where(is_large, x - top, 0)
     large = jnp.where(is_large, top, 0) + jnp.log(total(jnp.exp(x_if_large)))

@@ -276,7 +276,7 @@ def _js_curvature(p, q):
 def _js_part(p, m):
     """Returns the half of a term of the Jensen-Shannon divergence that belongs to p."""
     b, k = jax.lax.stop_gradient((p, m))
-    some = b > 0
+    some = (b > 0) & (k > 0)  # The half of the smallest normal number is 0 (XLA's CPU code).
     ratio = arithmetic.log_ratio(jnp.where(some, b, 1), jnp.where(some, k, 1))
     return (kl_excess(b, k, ratio) + ratio * (p - b) + _excess(p)) / 2
 

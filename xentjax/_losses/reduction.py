@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float
 
 from xentjax._jax import arithmetic, checks, value_checks
+from xentjax._jax import mesh as meshes
 from xentjax._jax.dtypes import wide_dtype
 from xentjax._losses import arguments
 
@@ -76,7 +77,8 @@ class WeightedSum:
 
     def psum(self, axis_name: Hashable | Sequence[Hashable]) -> "WeightedSum":
         """Returns the sum over the devices (or vmap lanes) of `axis_name`."""
-        summed = jax.tree.map(lambda x: jax.lax.psum(x, axis_name), self)
+        axes = meshes.mapped_axes(axis_name)
+        summed = jax.tree.map(lambda x: jax.lax.psum(x, axes), self)
         return summed + jax.tree.map(jnp.zeros_like, summed)  # Parts in their order again.
 
     def mean(self) -> Float[Array, "*batch"]:
@@ -179,7 +181,8 @@ def weighted_mean(
       Means in nats, of the losses' shape without `axis`, float32 (float64 for float64 losses).
 
     Raises:
-      ValueError: A shape differs from that of losses, or the axis does not fit.
+      ValueError: A shape differs from that of losses, the axis does not fit, or no map around the
+        call has `axis_name`.
       TypeError: losses are not floating-point, weights are complex, or where is not bool.
 
     Example:

@@ -47,7 +47,7 @@ def softmax_surprisal(
       Shannon, A Mathematical Theory of Communication, 1948, section 6.
     """
     logits, axes = arguments.as_logits("logits", logits, axis)
-    value_checks.check_not_nan("logits", logits)
+    value_checks.check_logits(logits, None)
     surprisals = reference.surprisals(arguments.classes_last(logits, axes))
     return arguments.in_base(arguments.classes_back(surprisals, logits.shape, axes), base)
 
@@ -205,7 +205,7 @@ def _divergence(rule, p_logits, q_logits, axis, where, base):
         for name, z in (("p_logits", p_logits), ("q_logits", q_logits)):
             is_of_classes = where is not None and where.shape == z.shape
             kept = arguments.classes_last(where, axes) if is_of_classes else where
-            value_checks.check_not_nan(name, arguments.classes_last(z, axes), kept)
+            value_checks.check_logits(arguments.classes_last(z, axes), kept, name)
     return arguments.in_base(_divergences(p_logits, q_logits, where, rule(axes), dtype), base)
 
 

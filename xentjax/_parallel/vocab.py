@@ -155,7 +155,7 @@ class _Shard(NamedTuple):
 def _shard(logits, targets, axis_name, where):
     """Checks the arguments, and returns the shard that they make."""
     logits, axes = arguments.as_logits("logits", logits, -1)
-    mesh_axes = meshes.axis_names(axis_name)
+    mesh_axes = meshes.mapped_axes(axis_name)
     meshes.check_shards("logits", logits, mesh_axes)
     z, mask = arguments.masked_logits(logits, where, axes, "the shard of classes")
     if mask is not None and where is not None and jnp.shape(where) == logits.shape:
@@ -318,7 +318,7 @@ def vocab_parallel_linear_softmax_cross_entropy_with_stats(
 
 def _checked_axes(axis_name, arrays):
     """Returns the mesh axes that the classes are split over, each device having its shard."""
-    axes = meshes.axis_names(axis_name)
+    axes = meshes.mapped_axes(axis_name)
     shards = {name: getattr(arrays, name) for name in ("kernel", "bias", "class_mask")}
     if isinstance(arrays.targets, LinearTargets):
         shards |= {f"targets.{name}": getattr(arrays.targets, name) for name in ("kernel", "bias")}
