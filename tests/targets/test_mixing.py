@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.stats
-from cases import jit, target_forms
+from cases import jit, mainly, target_forms
 
 import xentjax
 from xentjax import SparseTargets
@@ -15,7 +15,7 @@ from xentjax import SparseTargets
 KEY = jax.random.key(7)
 BATCH, CLASSES = 6, 5
 assert_close = functools.partial(np.testing.assert_allclose, rtol=0, atol=1e-6)
-EACH = pytest.mark.parametrize("each", [False, True], ids=["shared", "each"])
+EACH = pytest.mark.parametrize("each", mainly([False, True], True))
 
 
 def sparse(targets):
@@ -120,7 +120,7 @@ def test_cutmix_pastes_a_box_and_counts_its_pixels(shape, each):
     assert len(own) > (4 if each else 1)
 
 
-@pytest.mark.parametrize("name", target_forms(BATCH, CLASSES))
+@pytest.mark.parametrize("name", mainly(target_forms(BATCH, CLASSES), "dense", "prior"))
 def test_cutmix_of_every_target_form(name):
     targets = target_forms(BATCH, CLASSES)[name]
     # Images of one colour each: the mean over pixels is the mixing matrix.
@@ -285,7 +285,7 @@ def test_cutmix_pastes_label_maps_by_the_box(each):
     np.testing.assert_array_equal(mask, np.asarray(mixed)[..., 0] % 7 > 2)
 
 
-@pytest.mark.parametrize("dtype", [np.uint8, np.int32, bool, np.float16])
+@pytest.mark.parametrize("dtype", mainly([np.uint8, np.int32, bool, np.float16], np.uint8))
 def test_cutmix_of_images_of_any_dtype(dtype):
     images = (IMAGES * 40).astype(dtype)
     mixed, _ = xentjax.cutmix(KEY, images, LABELS, 1.0)
@@ -313,7 +313,7 @@ def test_cutmix_shares_are_exact():
 DRAWS = 2000
 
 
-@pytest.mark.parametrize("alpha", [0.2, 3.0])
+@pytest.mark.parametrize("alpha", mainly([0.2, 3.0], 0.2))
 def test_lam_is_beta_distributed(alpha):
     """Kolmogorov-Smirnov, one λ an example and one a batch; the keys are fixed."""
     zeros = np.zeros((DRAWS, 1), np.float32)
