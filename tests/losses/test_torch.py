@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import jit
 from record_torch_answers import ANSWERS, answered, cases
 
 import xentjax
@@ -45,13 +46,10 @@ def cross_entropy(logits, target, *, weight=None, reduction="mean", **options):
 def binary_cross_entropy_with_logits(
     logits, target, *, weight=None, pos_weight=None, reduction="mean"
 ):
-    """torch.nn.functional.binary_cross_entropy_with_logits; `weight` broadcasts."""
-    if pos_weight is None:
-        losses = xentjax.sigmoid_binary_cross_entropy(logits, target)
-    else:  # A softmax over no and yes, with more mass on yes.
-        pair = jnp.stack([jnp.zeros_like(logits), logits], axis=-1)
-        masses = jnp.stack([1 - target, pos_weight * target], axis=-1)
-        losses = xentjax.softmax_cross_entropy(pair, masses)
+    """torch.nn.functional.binary_cross_entropy_with_logits; both weights broadcast."""
+    if pos_weight is not None:
+        pos_weight = jnp.broadcast_to(pos_weight, logits.shape)
+    losses = xentjax.sigmoid_binary_cross_entropy(logits, target, pos_weight=pos_weight)
     if weight is not None:
         losses = losses * weight
     return {"none": losses, "sum": losses.sum(), "mean": losses.mean()}[reduction]
@@ -77,7 +75,7 @@ def ours(case, dtype):
         loss = function(logits, target, **options)
         return loss.sum(), loss
 
-    gradient, loss = jax.jit(jax.grad(summed, has_aux=True))(
+    gradient, loss = jit(jax.grad(summed, has_aux=True))(
         array(np.asarray(case["input"], float))
     )
     return loss, gradient
