@@ -534,7 +534,7 @@ SOFTMAX = {"logits": Z, "targets": LABELS, "axis": -1, "where": KEEP}
 AUGMENTATION = {"targets": LABELS, "alpha": 0.4, "per_example": False, "where": KEEP, "axis": -1}
 CONTRAST = {"embeddings": Z, "labels": LABELS, "temperature": 0.5, "where": KEEP}
 BINARY = {"logits": Z, "targets": P, "pos_weight": 2.0, "neg_weight": P, "where": MASK}
-BINS = {"logits": Z, "labels": LABELS, "num_bins": 5, "axis": -1, "where": KEEP}
+BINS = {"logits": Z, "targets": LABELS, "num_bins": 5, "axis": -1, "where": KEEP}
 PAIR = {"p": P, "q": P, "axis": -1, "base": 2}
 BATCHES = {"loss_fn": loss_fn, "microbatches": 2, "has_aux": False}
 

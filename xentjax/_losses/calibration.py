@@ -44,7 +44,7 @@ class ReliabilityBins(NamedTuple):
 
 def reliability_bins(
     logits: ArrayLike,
-    labels: Targets,
+    targets: Targets,
     *,
     num_bins: int = 15,
     axis: int | Sequence[int] = -1,
@@ -56,7 +56,7 @@ def reliability_bins(
 
     Args:
       logits: z, float[..., V].
-      labels: Labels int[...]; of targets of other forms, the heaviest classes are right.
+      targets: Labels int[...]; of targets of other forms, the heaviest classes are right.
       num_bins: B.
       axis: The class axis, or several.
       where: As in `softmax_cross_entropy`; examples that are masked out are in no bin.
@@ -83,17 +83,17 @@ def reliability_bins(
     wanted = f"num_bins: expected a positive int, got {num_bins!r}"
     checks.check(checks.is_int(num_bins), wanted, TypeError)
     checks.check(0 < num_bins < 2**24, wanted)
-    labels = arguments.as_arrays(labels)
+    targets = arguments.as_arrays(targets)
     where = None if where is None else checks.as_array("where", where, "a bool array")
     run = functools.partial(_reliability_bins, num_bins=int(num_bins), axes=axes)
     every = tuple(range(logits.ndim))
-    run = meshes.on_automatic_axes(run, logits, every, labels, where)
-    return run(logits, labels, where)
+    run = meshes.on_automatic_axes(run, logits, every, targets, where)
+    return run(logits, targets, where)
 
 
 @arguments.jit_unless_traced("num_bins", "axes")
-def _reliability_bins(logits, labels, where, num_bins, axes):
-    z, mass, mask = prepared(logits, labels, where, axes)
+def _reliability_bins(logits, targets, where, num_bins, axes):
+    z, mass, mask = prepared(logits, targets, where, axes)
     z = wide(masked(z, mask))
     leader, _, terms = reference.leader_and_rest(z)
     confidence = 1 / (1 + terms.sum(-1))
@@ -112,7 +112,7 @@ def _reliability_bins(logits, labels, where, num_bins, axes):
 
 def expected_calibration_error(
     logits: ArrayLike,
-    labels: Targets,
+    targets: Targets,
     *,
     num_bins: int = 15,
     axis: int | Sequence[int] = -1,
@@ -126,7 +126,7 @@ def expected_calibration_error(
 
     Args:
       logits: z, float[..., V].
-      labels: As in `reliability_bins`.
+      targets: As in `reliability_bins`.
       num_bins: How many bins of equal width.
       axis: The class axis, or several.
       where: As in `softmax_cross_entropy`.
@@ -147,7 +147,7 @@ def expected_calibration_error(
     Source:
       Naeini et al., Obtaining Well Calibrated Probabilities Using Bayesian Binning, 2015.
     """
-    bins = reliability_bins(logits, labels, num_bins=num_bins, axis=axis, where=where)
+    bins = reliability_bins(logits, targets, num_bins=num_bins, axis=axis, where=where)
     return bins.expected_calibration_error()
 
 
@@ -248,10 +248,13 @@ def fit_temperature(
     return run(logits, targets, where)
 
 
-@arguments.jit_unless_traced("axes")
 def _fit_temperature(logits, targets, where, axes):
-    z, mass, mask = prepared(logits, targets, where, axes)
-    z = wide(masked(z, mask))
+    return _best_temperature(*prepared(logits, targets, where, axes))
+
+
+@jax.jit
+def _best_temperature(logits, mass, mask):
+    z = wide(masked(logits, mask))
     possible = z > -jnp.inf
     finite = jnp.where(possible, z, 0)
 

@@ -30,7 +30,7 @@ def leader_and_rest(
     The classes are all those of the devices along mesh `axes`.
     """
     largest = jax.lax.stop_gradient(logits)
-    a = jnp.argmax(largest, axis=-1)
+    a = jnp.argmax(largest, axis=-1).astype(jnp.int32)
     z_a = at_class(logits, a)
     if axes:  # The leader of all devices; the first device's where several have one.
         is_first = meshes.is_first_largest(at_class(largest, a), axes)
