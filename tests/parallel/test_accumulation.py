@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from cases import jit, target_forms
+from cases import jit, mainly, target_forms
 from jax import export
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -54,11 +54,16 @@ def on_stacked(loss_fn, **kwargs):
 all_ways = pytest.mark.parametrize("way", [accumulate_gradients, on_mesh, on_stacked])
 all_ways_of_microbatches = pytest.mark.parametrize(
     ("way", "microbatches"),
-    [(accumulate_gradients, 1), (accumulate_gradients, 3), (on_mesh, 3), (on_stacked, 3)],
+    [
+        pytest.param(accumulate_gradients, 1, marks=pytest.mark.prove),
+        (accumulate_gradients, 3),
+        (on_mesh, 3),
+        pytest.param(on_stacked, 3, marks=pytest.mark.prove),
+    ],
 )
 
 
-@pytest.mark.parametrize("microbatches", [1, 4, EXAMPLES])
+@pytest.mark.parametrize("microbatches", mainly([1, 4, EXAMPLES], 4))
 def test_microbatches_are_one_batch(microbatches):
     params, batch = make_params(), make_batch()
     desired = on_one_device(loss_fn, params, batch)
@@ -67,7 +72,7 @@ def test_microbatches_are_one_batch(microbatches):
         assert relative_difference(actual, desired) <= NEAR
 
 
-@pytest.mark.parametrize("form", ["dense", "prior", "two backgrounds", "teacher"])
+@pytest.mark.parametrize("form", mainly(["dense", "prior", "two backgrounds", "teacher"], "prior"))
 def test_targets_of_every_form_are_split_by_example(form):
     params = make_params()
     batch = make_batch() | {"targets": target_forms(EXAMPLES, CLASSES)[form]}
@@ -122,7 +127,7 @@ def test_it_takes_the_memory_of_one_microbatch():
 
 
 @all_ways_of_microbatches
-@pytest.mark.parametrize("dtype", ["int32", "bool"])
+@pytest.mark.parametrize("dtype", mainly(["int32", "bool"], "int32"))
 def test_weights_may_be_integers(way, microbatches, dtype):
     params, batch = make_params(), make_batch()
     counts = np.random.default_rng(4).integers(0, 3, EXAMPLES).astype(dtype)
@@ -195,7 +200,7 @@ def test_metrics_that_do_not_add_are_an_error(way):
 
 
 @all_ways_of_microbatches
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", mainly(["float32", "bfloat16", "float16"], "bfloat16"))
 def test_under_every_setting_of_jax_dtypes_stay(way, microbatches, dtype):
     params, batch = make_params(), make_batch()
     params, inputs = jax.tree.map(lambda x: x.astype(dtype), (params, batch["inputs"]))

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import target_forms
+from cases import mainly, target_forms
 from meshes import CLASSES, NEAR, logits_of, make_batch, make_params, relative_difference
 
 import xentjax
@@ -17,7 +17,7 @@ def _loss_of_one(params, example):
     return xentjax.softmax_cross_entropy(logits_of(params, example), example["targets"])
 
 
-@pytest.mark.parametrize("form", ["labels", "dense", "prior", "two backgrounds"])
+@pytest.mark.parametrize("form", mainly(["labels", "dense", "prior", "two backgrounds"], "prior"))
 def test_per_example_is_the_loop(form):
     targets = target_forms(4, CLASSES)[form]
     batch = {"inputs": make_batch()["inputs"][:4], "targets": targets}

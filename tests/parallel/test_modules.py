@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import jit
+from cases import jit, mainly
 from jax.sharding import PartitionSpec as P
 from meshes import (
     EXAMPLES,
@@ -48,7 +48,7 @@ def test_one_device():
     assert_is_as_desired(*value_and_grad(make_module(), make_batch()), make_batch())
 
 
-@pytest.mark.parametrize("specs", ["none", "each leaf", "each array"])
+@pytest.mark.parametrize("specs", mainly(["none", "each leaf", "each array"], "each leaf"))
 def test_a_mesh(specs):
     module, batch = make_module(), make_batch()
     leaves = jax.tree.map(lambda _: P(), module)

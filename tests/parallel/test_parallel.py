@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from cases import jit, target_forms
+from cases import jit, mainly, target_forms
 from jax import export
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -39,20 +39,23 @@ def with_learned_weights(params, batch):
     return xentjax.weighted_sum(losses, where=batch["where"], weights=weights)
 
 
+MESHES = [
+    (1, AUTO, 1),
+    (2, AUTO, 1),
+    (4, AUTO, 1),
+    (8, AUTO, 1),
+    (1, EXPLICIT, 3),
+    (2, AUTO, 3),
+    (4, EXPLICIT, 1),
+    (8, EXPLICIT, 3),
+]
+
+
 @pytest.mark.parametrize(
-    ("devices", "axis_type", "microbatches"),
-    [
-        (1, AUTO, 1),
-        (2, AUTO, 1),
-        (4, AUTO, 1),
-        (8, AUTO, 1),
-        (1, EXPLICIT, 3),
-        (2, AUTO, 3),
-        (4, EXPLICIT, 1),
-        (8, EXPLICIT, 3),
-    ],
+    "case", mainly(MESHES, (1, AUTO, 1), (8, AUTO, 1), (8, EXPLICIT, 3)), ids=str
 )
-def test_many_devices_are_one(devices, axis_type, microbatches):
+def test_many_devices_are_one(case):
+    devices, axis_type, microbatches = case
     params, batch = make_params(), make_batch()
     mesh = make_mesh((devices,), ("data",), axis_type)
     value_and_grad = data_parallel(loss_fn, mesh, microbatches=microbatches)
@@ -70,7 +73,7 @@ def test_the_mean_of_means_is_another_number():
     assert abs(mean_of_means - on_one_device(loss_fn, params, batch)[0]) > 0.01
 
 
-@pytest.mark.parametrize("microbatches", [1, 3])
+@pytest.mark.parametrize("microbatches", mainly([1, 3], 3))
 def test_losses_and_weights_are_as_good_as_their_sum(microbatches):
     params, batch = make_params(), make_batch()
     mesh = make_mesh((4,), ("data",))
@@ -78,7 +81,7 @@ def test_losses_and_weights_are_as_good_as_their_sum(microbatches):
     assert relative_difference(actual, on_one_device(loss_fn, params, batch)) <= NEAR
 
 
-@pytest.mark.parametrize("microbatches", [1, 3])
+@pytest.mark.parametrize("microbatches", mainly([1, 3], 3))
 def test_weights_may_be_learned(microbatches):
     params, batch = make_params(), make_batch()
     loss_fn = with_learned_weights
@@ -92,7 +95,7 @@ def test_weights_may_be_learned(microbatches):
     assert relative_difference(constant, desired[1]) > 0.01
 
 
-@pytest.mark.parametrize("microbatches", [1, 3])
+@pytest.mark.parametrize("microbatches", mainly([1, 3], 3))
 def test_all_masked_is_zero(microbatches):
     batch = make_batch() | {"where": jnp.zeros(EXAMPLES, bool)}
     mesh = make_mesh((4,), ("data",))
@@ -103,7 +106,7 @@ def test_all_masked_is_zero(microbatches):
     assert all(not leaf.any() for leaf in jax.tree.leaves(grads))
 
 
-@pytest.mark.parametrize("form", ["dense", "prior", "two backgrounds"])
+@pytest.mark.parametrize("form", mainly(["dense", "prior", "two backgrounds"], "two backgrounds"))
 def test_targets_of_every_shape_are_split_by_example(form):
     params, batch = (
         make_params(),
@@ -164,7 +167,7 @@ def test_low_precision_gradients_are_summed_in_float32():
     assert grads["scale"] == 1
 
 
-@pytest.mark.parametrize("microbatches", [1, 3])
+@pytest.mark.parametrize("microbatches", mainly([1, 3], 3))
 def test_a_train_step_is_one_jitted_function(microbatches):
     optimizer = optax.adam(0.1)
 
@@ -191,7 +194,7 @@ def test_a_train_step_is_one_jitted_function(microbatches):
     assert one[0][-1] < 0.7 * one[0][0]
 
 
-@pytest.mark.parametrize("microbatches", [1, 3])
+@pytest.mark.parametrize("microbatches", mainly([1, 3], 3))
 def test_only_sums_cross_devices(microbatches):
     value_and_grad = data_parallel(loss_fn, make_mesh((4,), ("data",)), microbatches=microbatches)
     crossing = collectives(jax.jit(value_and_grad).lower(make_params(), make_batch()).compile())

@@ -6,7 +6,7 @@ import warnings
 import jax
 import jax.numpy as jnp
 import pytest
-from cases import target_forms
+from cases import mainly, target_forms
 from jax import export
 from meshes import (
     CLASSES,
@@ -28,8 +28,8 @@ def _stacked(tree, devices):
     return jax.tree.map(lambda x: x.reshape(devices, -1, *x.shape[1:]), tree)
 
 
-@pytest.mark.parametrize("microbatches", [1, 3])
-@pytest.mark.parametrize("devices", [1, 4, 8])
+@pytest.mark.parametrize("microbatches", mainly([1, 3], 3))
+@pytest.mark.parametrize("devices", mainly([1, 4, 8], 4))
 def test_stacked_arrays(devices, microbatches):
     params, batch = make_params(), make_batch()
     copies = jax.tree.map(lambda x: jnp.stack([x] * devices), params)
