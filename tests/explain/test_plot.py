@@ -77,9 +77,9 @@ def test_without_axes_pyplot_has_them_and_the_style_is_the_users(name):
     cycle = mpl.cycler(color=["#123456", "#654321"])
     with plt.rc_context({"axes.prop_cycle": cycle}):
         ax = getattr(xp, name)(*CALLS[name])
-        drawn = [line.get_color() for line in ax.lines] + [p.get_facecolor() for p in ax.patches]
-        assert {mpl.colors.to_hex(c) for c in drawn} >= {"#123456", "#654321"}
     assert plt.gca() is ax
+    drawn = [line.get_color() for line in ax.lines] + [p.get_facecolor() for p in ax.patches]
+    assert {mpl.colors.to_hex(c) for c in drawn} >= {"#123456", "#654321"}
 
 
 @pytest.mark.parametrize("name", CALLS)

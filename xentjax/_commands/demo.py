@@ -18,6 +18,7 @@ import optax
 from jaxtyping import Array, Float, Int
 from matplotlib import style
 from matplotlib.axes import Axes
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from sklearn.datasets import load_digits
@@ -296,7 +297,7 @@ def picture(courses: dict[str, list[Epoch]], results: dict[str, Result]) -> Figu
 def draw_losses(ax: Axes, courses: dict[str, list[Epoch]]) -> None:
     """Draws the loss on the test set, and on the targets of the training."""
     for i, (name, course) in enumerate(courses.items()):
-        colour = f"C{i}"
+        colour = to_hex(f"C{i}")
         epochs = range(1, len(course) + 1)
         losses = [epoch.loss for epoch in course]
         ax.plot(epochs, losses, color=colour, marker=".", label=f"{name}: test")
@@ -316,6 +317,6 @@ def draw_shares(ax: Axes, results: dict[str, Result]) -> None:
     for i, result in enumerate(results.values()):
         counts = np.asarray(result.bins.count)
         shares = 100 * counts / counts.sum()
-        ax.bar(left + i * width, shares, width, color=f"C{i}")
+        ax.bar(left + i * width, shares, width, color=to_hex(f"C{i}"))
     ax.set(xlabel="confidence: probability of the predicted class (%)", xlim=(0, 100))
     ax.set(ylabel="predictions (%)", ylim=(0, 100))

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import matplotlib.pyplot as plt
 from cycler import cycler
 from matplotlib.axes import Axes
+from matplotlib.colors import to_hex
 
 from xentjax._jax import checks
 
@@ -37,6 +38,11 @@ def axes(ax: Axes | None) -> Axes:
         return plt.gca()
     checks.check(isinstance(ax, Axes), f"ax: expected matplotlib Axes, got {ax!r}", TypeError)
     return ax
+
+
+def colour(i: int) -> str:
+    """Returns a colour of the user's style as it is now; "C0" would be looked up at drawing."""
+    return to_hex(f"C{i}")
 
 
 def unit(base: float | None) -> str:

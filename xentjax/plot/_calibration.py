@@ -5,7 +5,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from xentjax._losses.calibration import ReliabilityBins
-from xentjax.plot._axes import GREY, axes
+from xentjax.plot._axes import GREY, axes, colour
 
 MARKERS = "osD^v"
 
@@ -56,7 +56,7 @@ def reliability(
         ax.text(97, 15, "too sure", color=GREY, fontstyle="italic", ha="right")
     shown = counts >= max(fewest, 1)
     x, y = (100 * sums[shown] / counts[shown] for sums in (confidence, correct))
-    look = {"color": f"C{drawn}", "marker": MARKERS[drawn % len(MARKERS)], "clip_on": False}
+    look = {"color": colour(drawn), "marker": MARKERS[drawn % len(MARKERS)], "clip_on": False}
     ax.plot(x, y, **look, label=label)
     ax.set(xlim=(0, 100), ylim=(0, 103), xlabel="confidence (%)", ylabel="accuracy (%)")
     ax.set_title("Reliability" + (f" (bins of {fewest} predictions or more)" if fewest > 1 else ""))

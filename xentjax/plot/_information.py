@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 
 from xentjax._jax import checks
 from xentjax._losses.information import cross_entropy, surprisal
-from xentjax.plot._axes import axes, names_of, unit
+from xentjax.plot._axes import axes, colour, names_of, unit
 
 NUM_POINTS = 400
 LEAST = 8e-4  # The smallest probability of the curve.
@@ -53,11 +53,11 @@ def surprisal_curve(
         checks.check(0 < p <= 1, expected)
     least = min([LEAST, *outcomes.values()])
     p = np.geomspace(least, 1, NUM_POINTS, dtype=np.float32)
-    ax.plot(p, surprisal(p, base=base), color="C0")
+    ax.plot(p, surprisal(p, base=base), color=colour(0))
     top = float(surprisal(least, base=base))
     for name, x in outcomes.items():
         y = float(surprisal(x, base=base))
-        ax.plot(x, y, "o", color="C1", clip_on=False)
+        ax.plot(x, y, "o", color=colour(1), clip_on=False)
         side = "left" if x < 0.8 else "right"
         shift = (9, -4) if y > 0.5 * top else (0, 9)
         text = f"{name}, p = {x:g}"
@@ -116,7 +116,7 @@ def cross_entropy_areas(
     symbol = "p" if prediction is None else "q"
     for v, name in enumerate(names):
         height = min(float(heights[v]), top)
-        ax.bar(left[v], height, widths[v], align="edge", color=f"C{v}", edgecolor="white")
+        ax.bar(left[v], height, widths[v], align="edge", color=colour(v), edgecolor="white")
         if widths[v] > 0.04:  # A label is about so wide.
             text = f"{name}\n{symbol} = {float(q[v]):.2g}"
             x, y = left[v] + widths[v] / 2, min(height, 0.82 * top)

@@ -13,7 +13,7 @@ from xentjax._jax import checks
 from xentjax._losses.sigmoid import binary_cross_entropy, sigmoid_binary_cross_entropy
 from xentjax._losses.softmax import softmax_cross_entropy
 from xentjax._targets.types import SparseTargets, Targets, as_targets
-from xentjax.plot._axes import GREY, axes, names_of, nats, unit
+from xentjax.plot._axes import GREY, axes, colour, names_of, nats, unit
 
 NUM_POINTS = 400
 MARGINS = np.linspace(0, 40, 161)
@@ -54,7 +54,7 @@ def log_loss(*, base: float | None = None, ax: Axes | None = None) -> Axes:
         (0, 0.93, "y = 0: −log(1 − p)", "right"),
     ):
         losses = np.asarray(binary_cross_entropy(p, np.full(p.shape, y))) / nats(base)
-        line = ax.plot(p, losses, color=f"C{1 - y}", ls="-" if y else "--", label=name)
+        line = ax.plot(p, losses, color=colour(1 - y), ls="-" if y else "--", label=name)
         ax.text(x, 3.6 / nats(base), name, color=line[0].get_color(), ha=side)
         ax.text(x, 3.1 / nats(base), "confident and wrong", color=GREY, ha=side)
     undecided = math.log(2) / nats(base)
@@ -103,7 +103,7 @@ def log_loss_beside_difference(*, slopes: bool = False, ax: Axes | None = None) 
     for i, (name, curve) in enumerate(curves.items()):
         values, pullback = jax.vjp(curve, z)
         y = pullback(ones)[0] if slopes else values
-        ax.plot(x, y, color=f"C{i}", ls="--" if i else "-", label=name)
+        ax.plot(x, y, color=colour(i), ls="--" if i else "-", label=name)
     if slopes:
         ax.set(xlim=(-9, 6), ylim=(-1.1, 0.15), title="The slope that training sees")
         ax.set(xlabel="logit of the right answer, z", ylabel="slope in the logit (1 / nat)")
@@ -152,14 +152,14 @@ def margin(
     ax = axes(ax)
     logits = jnp.asarray(np.stack([MARGINS + 5, np.full_like(MARGINS, 5)], -1)).astype(dtype)
     exact, rounded = _sizes(logits)[quantity]
-    ax.plot(MARGINS, exact, color="C0", label="xentjax")
+    ax.plot(MARGINS, exact, color=colour(0), label="xentjax")
     kept = np.where(rounded > 0, rounded, np.nan)
-    ax.plot(MARGINS, kept, color="C1", ls="none", marker=".", label="naive")
+    ax.plot(MARGINS, kept, color=colour(1), ls="none", marker=".", label="naive")
     lost = MARGINS[rounded == 0]
     if lost.size:
         text = "naive: 0"
-        ax.axvspan(lost.min(), MARGINS[-1], color="C1", alpha=0.1, lw=0)
-        ax.text((lost.min() + MARGINS[-1]) / 2, 3e-3, text, color="C1", ha="center")
+        ax.axvspan(lost.min(), MARGINS[-1], color=colour(1), alpha=0.1, lw=0)
+        ax.text((lost.min() + MARGINS[-1]) / 2, 3e-3, text, color=colour(1), ha="center")
     ax.set(yscale="log", xlim=(0, MARGINS[-1]), xlabel="margin of the right class over the other")
     names = {"loss": "loss (nats)", "gradient": "the label’s gradient entry, |p − 1|"}
     ax.set(ylabel=names[quantity], title=f"{jnp.dtype(dtype).name} logits")
@@ -326,7 +326,7 @@ def loss_surface(
     losses = np.asarray(jax.jit(jax.vmap(jax.vmap(at, (0, None)), (None, 0)))(grid, grid))
     filled = ax.contourf(grid, grid, losses, levels=16)
     ax.contour(grid, grid, losses, levels=16, colors="white", linewidths=0.3)
-    ax.plot(0, 0, "o", color="C1", mec="white")
+    ax.plot(0, 0, "o", color=colour(1), mec="white")
     ax.set(xlabel="a: steps along the first direction", ylabel="b: steps along the second")
     ax.set(title="Loss around the parameters in the middle")
     ax.grid(visible=False)

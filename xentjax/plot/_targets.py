@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from xentjax._jax import checks
 from xentjax._targets.transforms import dense_targets
 from xentjax._targets.types import Targets
-from xentjax.plot._axes import axes, names_of
+from xentjax.plot._axes import axes, colour, names_of
 
 HATCHES = ("", "//", "..", "xx", "\\\\", "oo")  # Bars differ without their colours too.
 
@@ -55,7 +55,7 @@ def target_bars(
         )
         left = np.arange(num_classes) - 0.4 + (i + 0.5) * width
         hatch = HATCHES[i % len(HATCHES)]
-        ax.bar(left, mass, width, color=f"C{i}", hatch=hatch, edgecolor="white", label=name)
+        ax.bar(left, mass, width, color=colour(i), hatch=hatch, edgecolor="white", label=name)
     ax.set_xticks(np.arange(num_classes), names)
     ax.set(xlabel="class", ylabel="target mass (a share of 1)", title="Targets")
     ax.grid(visible=False, axis="x")
@@ -101,8 +101,8 @@ def steps_to_target(
     expected = f"target: expected shape {p.shape}, that of prediction, got {t.shape}"
     checks.check(t.shape == p.shape, expected)
     names, rows = names_of(classes, p.size), np.arange(p.size)
-    ax.barh(rows, p, 0.6, color="C0", alpha=0.85, label="prediction")
-    ax.plot(t, rows, "D", color="C1", clip_on=False, zorder=4, label="target")
+    ax.barh(rows, p, 0.6, color=colour(0), alpha=0.85, label="prediction")
+    ax.plot(t, rows, "D", color=colour(1), clip_on=False, zorder=4, label="target")
     for row, start, end in zip(rows, p, t, strict=True):
         if abs(end - start) > 1e-3:
             arrow = {"arrowstyle": "->", "color": "black", "lw": 1.5, "shrinkA": 0, "shrinkB": 3}
