@@ -14,6 +14,7 @@ import jax
 import matplotlib.image
 import numpy as np
 import pytest
+from cases import mainly
 
 from xentjax.__main__ import main
 from xentjax._commands import lm as _lm
@@ -72,7 +73,7 @@ def table_row(out, name):
     return [float(cell) for cell in row.replace(name, "").split()]
 
 
-@pytest.mark.parametrize("columns", [40, 60, 100])
+@pytest.mark.parametrize("columns", mainly([40, 60, 100], 40))
 def test_lm_fits_the_terminal(lm, tmp_path, columns):
     out = run_lm(tmp_path / "x.png", learn=lambda *args: lm.courses, columns=columns)[1]
     out = out.partition("\nPicture")[0]
