@@ -153,7 +153,8 @@ def losses_and_stats(
     z = wide(jax.lax.stop_gradient(logits))
     prediction = jnp.argmax(z, axis=-1).astype(jnp.int32)
     if mesh_axes:
-        leads = z.max(-1) == largest
+        own = z.max(-1)
+        leads = (own == largest) | jnp.isnan(own)
         prediction = stats.first(leads, prediction, z.shape[-1], mesh_axes)
     surprisal = (largest - stats.at_class_of_all(z, label, mesh_axes)) + of_leader
     return losses, masked(

@@ -88,8 +88,8 @@ def vocab_parallel_softmax_cross_entropy_with_stats(
 
     loss = Σ_v t_v · (lse(z) − z_v);   a z-loss is loss + c · log_normalizer²
 
-    Forward, two maxima, two sums and one minimum of vectors [...] cross devices, for dense targets
-    twice as many; backward, nothing does for the gradient of the logits.
+    Forward, one maximum, two sums and one minimum of vectors [...] cross devices, and four more of
+    them for dense targets; backward, nothing does for the gradient of the logits.
 
     Args:
       logits: This device's shard of the classes, float[..., V / devices].
@@ -267,8 +267,8 @@ def vocab_parallel_linear_softmax_cross_entropy_with_stats(
 
     loss = Σ_v t_v · (lse(z) − z_v);   a z-loss is loss + c · log_normalizer²
 
-    Forward, three maxima, a sum and a minimum of vectors [...] cross devices; backward, one sum of
-    the inputs' gradient.
+    Forward, two maxima, one sum and one minimum of vectors [...] cross devices, and more of them
+    for dense targets and teachers; backward, one sum of the inputs' gradient.
 
     Args:
       inputs: The features of each token, float[..., D], the same on all devices along `axis_name`.

@@ -127,9 +127,12 @@ def summarise(
     whole, stats, top = blocks.for_each(
         inputs.shape[0], head.plan.tokens, on_tokens, no_classes(inputs), blocks.end_of(mask)
     )
+    summary = Summary(*teacher.over_devices(head, whole, top))
     if stats is not None and head.axes:
-        stats = _stats_over_devices(head, num_classes, stats, whole.max_logit)
-    return Summary(*teacher.over_devices(head, whole, top)), stats
+        largest = whole.max_logit
+        leads = (largest == summary.whole.max_logit) | jnp.isnan(largest)
+        stats = _stats_over_devices(head, num_classes, stats, leads)
+    return summary, stats
 
 
 def _merge_stats(stats, max_logit, logits, labels, start):
@@ -145,11 +148,10 @@ def _merge_stats(stats, max_logit, logits, labels, start):
     )
 
 
-def _stats_over_devices(head, num_classes, stats, max_logit):
+def _stats_over_devices(head, num_classes, stats, leads):
     """Returns the stats of the classes of all devices: the first device's of several leaders."""
     size = jax.lax.axis_size(head.axes) * num_classes
-    start = (jax.lax.axis_index(head.axes) * num_classes).astype(max_logit.dtype)
-    leads = max_logit == jax.lax.pmax(max_logit, head.axes)
+    start = (jax.lax.axis_index(head.axes) * num_classes).astype(stats.prediction.dtype)
     here = jnp.where(leads, start + stats.prediction, jnp.full_like(stats.prediction, size))
     return _Stats(jax.lax.pmin(here, head.axes), jax.lax.pmax(stats.label_logit, head.axes))
 
