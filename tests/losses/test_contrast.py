@@ -269,22 +269,6 @@ def test_one_device_and_many():
 KEEP16 = jnp.arange(16) != 3
 
 
-def test_a_mean_over_devices_is_that_of_data_parallel():
-    x, labels = jnp.asarray(X, jnp.float32), jnp.asarray(LABELS)
-
-    def loss_fn(scale, batch, axis_name=None):
-        x, labels = batch
-        losses = xentjax.nt_xent(scale * x, labels, temperature=0.5, axis_name=axis_name)
-        return xentjax.weighted_sum(losses)
-
-    split = xentjax.data_parallel(
-        functools.partial(loss_fn, axis_name="data"), make_mesh((4,), ("data",))
-    )
-    got = split(jnp.float32(1.5), (x, labels))
-    want = jit(jax.value_and_grad(lambda s: loss_fn(s, (x, labels)).mean()))(jnp.float32(1.5))
-    np.testing.assert_allclose(got, want, rtol=2e-6)
-
-
 # Memory.
 
 

@@ -26,14 +26,11 @@ def dense(targets):
 def of_logits(z, tau):
     return {
         (k, tail): xentjax.top_k_targets(z, k, temperature=tau, tail=tail)
-        for k in (1, 4, 9)
-        for tail in ("drop", "background")
+        for k, tail in [(1, "drop"), (4, "background"), (9, "drop")]
     }
 
 
-@pytest.mark.parametrize(
-    ("dtype", "tolerance"), [("float64", 1e-14), ("float32", 1e-6), ("bfloat16", 1e-6)]
-)
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-14), ("bfloat16", 1e-6)])
 def test_masses_of_a_teachers_logits(dtype, tolerance):
     with jax.enable_x64(True):
         z = jnp.asarray(LOGITS, dtype)
@@ -98,10 +95,12 @@ def test_losses_of_logits_and_of_the_head_are_those_of_dense_masses():
             head = xentjax.linear_softmax_cross_entropy(student, kernel, targets, reduction="sum")
             logits = student @ kernel
             both = head, xentjax.softmax_cross_entropy(logits, targets).sum()
-            return jnp.stack([*both, plain_softmax_cross_entropy(logits, targets).sum()])
+            values = jnp.stack([*both, plain_softmax_cross_entropy(logits, targets).sum()])
+            return values @ jnp.asarray([1.0, 2.0, -3.0]), values
 
-        values = jit(losses)(student, teacher)
+        # To the student, and to a teacher that is trained too.
+        difference = jit(jax.value_and_grad(losses, (0, 1), has_aux=True))
+        (_, values), slopes = difference(student, teacher)
         np.testing.assert_allclose(values, values[2], rtol=1e-13)
-        # Of the student, and of a teacher that is trained too.
-        for slopes in jit(jax.jacrev(losses, (0, 1)))(student, teacher):
-            np.testing.assert_allclose(slopes, [slopes[2]] * 3, rtol=0, atol=1e-13)
+        for slope in slopes:
+            np.testing.assert_allclose(slope, 0, rtol=0, atol=1e-12)
