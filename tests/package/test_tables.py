@@ -1,7 +1,8 @@
 """Every row of the README's tables of names, recipes and memory, run; `bench` makes those of speed.
 
-A recipe for optax stands beside optax itself, and one for PyTorch beside the answers that PyTorch
-gave (`support/torch_answers.json`). A figure of memory is that of the program, compiled anew.
+A recipe for optax stands beside optax itself, and one for PyTorch's cross-entropies beside the
+answers that PyTorch gave (`support/torch_answers.json`); others beside the formulas of
+`support/formulas.py`. A figure of memory is that of the program, compiled anew.
 """
 
 import ast
@@ -17,6 +18,7 @@ import numpy as np
 import optax
 import pytest
 from cases import jit
+from formulas import FORMULAS
 from jax.sharding import PartitionSpec as P
 from meshes import make_mesh
 from record_torch_answers import ANSWERS
@@ -40,20 +42,19 @@ def rows_of(*header):
     return [tuple(row) for row in cells]
 
 
+LIBRARIES = ("torch", "optax", "Keras", "timm", "Flax's lm1b", "torchvision")
+
+
 def recipes(library):
     """Returns (theirs, ours) of each row, as code."""
-    return [tuple(cell.strip("`") for cell in row) for row in rows_of(library, "here")]
+    table = rows_of("library", "there", "here")
+    assert {row[0] for row in table} == set(LIBRARIES)
+    return [tuple(cell.strip("`") for cell in row[1:]) for row in table if row[0] == library]
 
 
-# From optax.
-
-THEIRS = vars(optax) | {
-    "one_hot": jax.nn.one_hot,
-    "log_softmax": jax.nn.log_softmax,
-    "where": jnp.where,
-    "inf": jnp.inf,
-    "softmax_cross_entropy": optax.softmax_cross_entropy,
-}
+def recorded(theirs):
+    """Returns whether PyTorch's answers to a call are recorded."""
+    return re.match(r"(binary_)?cross_entropy(_with_logits)?\(z,", theirs)
 
 
 def values():
@@ -61,33 +62,75 @@ def values():
     rng = np.random.default_rng(0)
     keep = np.ones((6, 4), bool)
     keep[[0, 1, 5], [1, 2, 0]] = False
+    views = 3 * rng.standard_normal((3, 6, 4))
     numbers = {
         "z": 4 * rng.standard_normal((6, 4)),
+        "x": 2 * rng.standard_normal((6, 4)),
         "y": rng.integers(0, 4, 6),
         "t": rng.dirichlet(np.ones(4), 6),
+        "b": rng.integers(0, 2, (6, 4)).astype(float),
+        "k": rng.random(6),
         "keep": keep,
         "a": np.float64(0.15),
+        "s": views,
     }
     return {name: jnp.asarray(x) for name, x in numbers.items()}
 
 
-@pytest.mark.parametrize(("theirs", "ours"), recipes("optax"), ids=lambda code: code[:50])
-def test_a_recipe_for_optax_gives_the_same(theirs, ours):
+THEIRS = {"optax": vars(optax.losses), **FORMULAS}
+SHARED = {
+    "one_hot": jax.nn.one_hot,
+    "log_softmax": jax.nn.log_softmax,
+    "softmax": jax.nn.softmax,
+    "sigmoid": jax.nn.sigmoid,
+    "where": jnp.where,
+    "inf": jnp.inf,
+}
+
+
+@functools.cache
+def answers(library):
+    """Returns [(their losses and gradient, ours)] of each row, all compiled as one program."""
+    rows = [row for row in recipes(library) if library != "torch" or not recorded(row[0])]
+
+    def loss_and_gradient(code, names, known):
+        varied = "s" if re.search(r"\bs\b", code) else "z"
+
+        def loss(x):
+            now = known | {varied: x}
+            losses = eval(code, names | now | {"q": jax.nn.softmax(now["s"])})
+            return losses.sum(), losses
+
+        gradient, losses = jax.grad(loss, has_aux=True)(known[varied])
+        return losses, gradient
+
+    @jit
+    def every(known):
+        theirs, ours = SHARED | THEIRS[library], {"jnp": jnp, "jax": jax} | OURS
+        return [
+            (loss_and_gradient(a, theirs, known), loss_and_gradient(b, ours, known))
+            for a, b in rows
+        ]
+
     with jax.enable_x64(True):
-        known = values()
+        return dict(zip(rows, every(values()), strict=True))
 
-        def loss_and_gradient(code, names):
-            def loss(z):
-                losses = eval(code, names | known | {"z": z})
-                return losses.sum(), losses
 
-            return jit(jax.grad(loss, has_aux=True))(known["z"])
-
-        want = loss_and_gradient(theirs, THEIRS)
-        got = loss_and_gradient(ours, {"jnp": jnp, "jax": jax} | OURS)
-        for a, b in zip(got, want, strict=True):
-            assert a.shape == b.shape
-            np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-14)
+@pytest.mark.parametrize(
+    ("library", "row"),
+    [
+        (library, row)
+        for library in LIBRARIES
+        for row in recipes(library)
+        if library != "torch" or not recorded(row[0])
+    ],
+    ids=lambda x: x if isinstance(x, str) else x[0][:50],
+)
+def test_a_recipe_gives_the_same(library, row):
+    want, got = answers(library)[row]
+    for a, b in zip(got, want, strict=True):
+        assert a.shape == b.shape
+        np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-13)
 
 
 def test_mass_on_a_masked_class_costs_infinity():
@@ -137,7 +180,11 @@ def recorded_answers(function, is_dense, values, names):
             yield case
 
 
-@pytest.mark.parametrize(("theirs", "ours"), recipes("torch.nn.functional"), ids=lambda c: c[:60])
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [row for row in recipes("torch") if recorded(row[0])],
+    ids=lambda code: code[:60],
+)
 def test_a_recipe_for_torch_gives_what_torch_answered(theirs, ours):
     function, is_dense, values, options = called(theirs)
     cases = list(recorded_answers(function, is_dense, values, options))
@@ -163,9 +210,11 @@ def test_a_recipe_for_torch_gives_what_torch_answered(theirs, ours):
 
 def test_every_public_name_is_in_a_table():
     named = {name for _, use in rows_of("for", "use") for name in re.findall(r"`(\w+)`", use)}
-    named |= {f"{name}_with_stats" for name in named if name.endswith("linear_softmax_cross_entropy")}
+    named |= {
+        f"{name}_with_stats" for name in named if name.endswith("linear_softmax_cross_entropy")
+    }
     named |= {"vocab_parallel_softmax_cross_entropy_with_stats"}
-    not_for_users_to_call = {"SoftmaxStats", "Targets"}
+    not_for_users_to_call = {"SoftmaxStats", "ReliabilityBins", "Targets"}
     assert named - {"_with_stats"} == set(xentjax.__all__) - not_for_users_to_call
 
 
