@@ -25,7 +25,7 @@ docs: $(VENV)/.docs
 	$(BIN)/python -m sphinx --builder html --fail-on-warning --keep-going --quiet docs docs/_build/html
 
 clean:
-	rm -rf $(VENV) docs/_build docs/api docs/notebooks
+	rm -rf $(VENV) docs/_build docs/api docs/notebooks docs/_fonts
 
 $(VENV)/.pip:
 	$(PYTHON) -m venv $(VENV)

@@ -4,12 +4,18 @@ import shutil
 import sys
 from pathlib import Path
 
+import matplotlib
+
 import xentjax
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE / "_ext"))
 # Sphinx reads no page from outside its folder.
 shutil.copytree(HERE.parent / "notebooks", HERE / "notebooks", dirs_exist_ok=True)
+# STIX, for browsers that have no font for mathematics; matplotlib brings it, with its licence.
+(HERE / "_fonts").mkdir(exist_ok=True)
+for name in ("STIXGeneral.ttf", "LICENSE_STIX"):
+    shutil.copy(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / name, HERE / "_fonts")
 
 project = "xentjax"
 author = "the xentjax developers"
@@ -49,7 +55,7 @@ nb_merge_streams = True
 # The theme brings its own styles and scripts; nothing is fetched.
 html_theme = "furo"
 html_title = f"xentjax {version}"
-html_static_path = ["_static"]
+html_static_path = ["_static", "_fonts"]
 html_css_files = ["site.css"]
 html_copy_source = False
 html_show_sphinx = False
