@@ -107,7 +107,7 @@ def log_loss_beside_difference(*, slopes: bool = False, ax: Axes | None = None) 
     if slopes:
         ax.set(xlim=(-9, 6), ylim=(-1.1, 0.15), title="The slope that training sees")
         ax.set(xlabel="logit of the right answer, z", ylabel="slope in the logit (1 / nat)")
-        ax.legend(loc="center right")
+        ax.legend(loc="lower right")
     else:
         ax.set(xlim=(0, 1), ylim=(0, 6), title="The cost of a prediction")
         ax.set(xlabel="probability of the right answer, p", ylabel="log loss (nats); difference")
