@@ -5,7 +5,7 @@ other bucket. Its gradient is softmax over those classes alone, so that nothing 
 """
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -61,9 +61,11 @@ class HeadBuckets(Rule):
 
     def backward(self, backend, needs_grad, args, summary, cotangents):
         inputs, params, classes = args
-        tokens = BucketGradient(summary[:, -1], cotangents)
-        known = inputs, params, Places(classes), None
-        needs = *needs_grad[:2], ()
+        # Places stand for the mass on a block, and cotangents of buckets for those of losses.
+        places, tokens = (
+            cast(Any, x) for x in (Places(classes), BucketGradient(summary[:, -1], cotangents))
+        )
+        needs, known = (*needs_grad[:2], ()), (inputs, params, places, None)
         of_inputs, of_params, _ = recomputed.gradients(self.head, needs, known, tokens, backend)
         return of_inputs, of_params, classes
 
