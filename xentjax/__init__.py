@@ -99,6 +99,7 @@ Debugging.
   value_checks: makes values that have no meaning an error: labels, masses, NaN logits
 """
 
+import xentjax._process  # Before JAX: see there.  # noqa: F401
 from xentjax._explain.explanation import Explanation, explain
 from xentjax._jax.value_checks import value_checks
 from xentjax._losses.buckets import bucket_logits, linear_bucket_logits

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import xentjax
-from xentjax._commands.process import end_quietly
+from xentjax._process import end_quietly
 
 
 class _Parser(argparse.ArgumentParser):

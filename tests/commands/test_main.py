@@ -344,14 +344,27 @@ def test_explain_as_a_program_with_the_core_alone():
     assert "lse(z) ? z_1 = 0.0486 nats" in process.stdout
 
 
-def start(*argv):
+def start(*argv, options=()):
     """Starts a command as a program."""
     return subprocess.Popen(
-        [sys.executable, "-m", "xentjax", *argv],
+        [sys.executable, *options, "-m", "xentjax", *argv],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there Ctrl-C is no signal to one process")
+def test_ctrl_c_while_jax_is_imported():
+    with start("explain", "1,2", "--logits", "--label=0", options=["-X", "importtime"]) as process:
+        while "numpy" not in process.stderr.readline():
+            pass
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=20)
+    assert process.returncode == 130
+    assert err.splitlines()[-1] == "interrupted"
+    assert "Traceback" not in err
+    assert out == ""
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there Ctrl-C is no signal to one process")

@@ -1,5 +1,10 @@
-"""How the process of a command ends before its time: at Ctrl-C, and where nobody reads on."""
+"""How the process of a command ends before its time: at Ctrl-C, and where nobody reads on.
 
+`python -m xentjax` imports the package, JAX with it, before it runs `__main__`; so the package
+imports this module first, which takes care of a Ctrl-C from then on.
+"""
+
+import functools
 import os
 import signal
 import socket
@@ -10,6 +15,7 @@ EXIT_CODE = 128 + signal.SIGINT
 SHOW_CURSOR = b"\x1b[?25h"  # A progress bar hides it.
 
 
+@functools.cache
 def end_quietly() -> None:
     """Makes this process end without a traceback at Ctrl-C and at a closed pipe.
 
@@ -36,3 +42,8 @@ def _wait(reader: socket.socket, writer: socket.socket) -> None:
         os.write(sys.stdout.fileno(), SHOW_CURSOR + b"\n")
     os.write(sys.stderr.fileno(), b"interrupted\n")
     os._exit(EXIT_CODE)
+
+
+# While Python looks for the module to run, `-m` stands in the place of its name.
+if sys.argv[:1] == ["-m"] and "xentjax" in sys.orig_argv:
+    end_quietly()
