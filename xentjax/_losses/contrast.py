@@ -5,7 +5,7 @@ for cosines. Each function takes one block of rows at a time, [rows, N].
 """
 
 import functools
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -14,15 +14,15 @@ from jaxtyping import Array, ArrayLike, Float
 from xentjax._jax import checks
 from xentjax._jax import mesh as meshes
 from xentjax._jax.dtypes import wide, wide_dtype
+from xentjax._jax.mesh import AxisName
 from xentjax._losses import logit_transform
 from xentjax._losses.linear import linear_softmax_cross_entropy
 from xentjax._softmax import reference
+from xentjax._softmax.cross_entropy import masked
 from xentjax._targets.mass import DenseMass
 
 ROWS = 256
 """So many rows of similarities are in memory at once."""
-
-AxisNames = Hashable | Sequence[Hashable] | None
 
 
 def info_nce(
@@ -32,7 +32,7 @@ def info_nce(
     temperature: ArrayLike,
     symmetric: bool = False,
     where: ArrayLike | None = None,
-    axis_name: AxisNames = None,
+    axis_name: AxisName | None = None,
 ) -> Float[Array, " n"]:
     """InfoNCE: each query against all keys, of which its own is the key of the same row.
 
@@ -62,7 +62,7 @@ def info_nce(
     Example:
       >>> import jax.numpy as jnp
       >>> import xentjax
-      >>> images, texts = jnp.eye(3), jnp.eye(3)[:, [0, 1, 2]]
+      >>> images, texts = jnp.eye(3), jnp.eye(3)
       >>> losses = xentjax.info_nce(images, texts, temperature=0.5, symmetric=True)
       >>> print(losses.round(4))
       [0.2395 0.2395 0.2395]
@@ -103,8 +103,9 @@ def _against_keys(queries, keys, tau, where, axes):
     own = jnp.arange(num_pairs, dtype=jnp.int32)
     bias = None
     if where is not None:  # A key with a bias of −∞ is nobody's.
-        bias = jnp.where(where, jnp.zeros(num_pairs, wide_dtype(keys.dtype)), -jnp.inf)
-        bias = jnp.pad(bias, (0, num_keys - num_pairs))
+        is_kept = jnp.pad(where, (0, num_keys - num_pairs), constant_values=True)
+        keys = masked(keys, is_kept)
+        bias = jnp.where(is_kept, jnp.zeros(num_keys, wide_dtype(keys.dtype)), -jnp.inf)
     if axes is not None:
         own = own + jax.lax.axis_index(axes) * num_keys
         keys, bias = _gathered((keys, bias), axes)
@@ -126,7 +127,7 @@ def nt_xent(
     *,
     temperature: ArrayLike,
     where: ArrayLike | None = None,
-    axis_name: AxisNames = None,
+    axis_name: AxisName | None = None,
 ) -> Float[Array, " n"]:
     """NT-Xent: each embedding and one of its label, against those of other labels.
 
@@ -171,7 +172,7 @@ def supervised_contrastive(
     *,
     temperature: ArrayLike,
     where: ArrayLike | None = None,
-    axis_name: AxisNames = None,
+    axis_name: AxisName | None = None,
 ) -> Float[Array, " n"]:
     """Supervised contrastive loss: each embedding and those of its label, against all others.
 
@@ -228,7 +229,7 @@ def _of_labels(loss_of_row, embeddings, labels, temperature, where, axis_name):
 
 @functools.partial(jax.jit, static_argnames=("loss_of_row", "axes"))
 def _by_blocks_of_rows(x, labels, tau, where, loss_of_row, axes):
-    x = wide(x)
+    x = wide(masked(x, where))
     if x.shape[0] == 0:
         return x.sum(-1)
     number = jnp.arange(x.shape[0], dtype=jnp.int32)
