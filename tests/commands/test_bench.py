@@ -29,6 +29,7 @@ TINY = Plan(
         Row("small", SMALL, "float32", ("eager", *VALUES), ("value",)),
         Row("small", SMALL, "float32", ("labels", "smoothing"), ("gradient",)),
         Row("language", LANGUAGE, "float32", ("head",)),
+        Row("language", LANGUAGE, "float32", ("head-50",), ("value",)),
         Row("language", LANGUAGE, "bfloat16", ("labels",), ("gradient",)),
     ),
     large=(Row("large", Size(32, 64), "bfloat16", ("dense",)),),
@@ -140,11 +141,12 @@ def test_bench_records_the_setting(bench):
 
 
 def test_bench_records_every_sample(bench):
-    assert len(bench.record["cases"]) == len(cases.all_cases(TINY, "cpu")) == 15
+    assert len(bench.record["cases"]) == len(cases.all_cases(TINY, "cpu")) == 16
     for case in bench.record["cases"]:
         itemsize = 2 if case["dtype"] == "bfloat16" else 4
         assert case["logits_bytes"] == itemsize * case["examples"] * case["classes"]
-        assert set(case["limits"]) == ({"matmuls"} if case["loss"] == "head" else {"copy", "read"})
+        is_head = case["loss"].startswith("head")
+        assert set(case["limits"]) == ({"matmuls"} if is_head else {"copy", "read"})
         everyone = case["contenders"] | case["limits"]
         assert {"xentjax", "optax"} <= set(everyone)
         for name, outcome in everyone.items():
@@ -180,7 +182,7 @@ def expected_value(case):
     (z, *kernel), targets = (
         [np.asarray(x, np.float64) for x in side] for side in cases.inputs(case)
     )
-    if case.loss == "head":
+    if case.is_head:
         z = z @ kernel[0]
     if case.loss in ("binary", "multilabel"):
         p = 1 / (1 + np.exp(-z))
@@ -192,7 +194,7 @@ def expected_value(case):
     labels = targets[0].astype(int)
     of_label = surprisals[np.arange(len(z)), labels]
     match case.loss:
-        case "masked":
+        case "masked" | "head-50":
             return of_label[targets[1] == 1].mean()
         case "smoothing" | "eager-smoothing":
             return (0.9 * of_label + 0.1 * surprisals.mean(-1)).mean()

@@ -8,18 +8,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import (
-    MODES,
     assert_modes_agree,
     floating_leaves,
     jit,
+    mainly,
     plain_softmax_cross_entropy,
     target_forms,
 )
 from heads import linear_loss, linear_loss_and_stats
 
 import xentjax
-from xentjax._losses import linear
-from xentjax._softmax.head_plan import HeadPlan
+from xentjax._softmax.head_plan import HeadPlan, Sizes, make_plan
 
 TOKENS, FEATURES, CLASSES = 5, 4, 11
 
@@ -129,14 +128,14 @@ FULL = 4 * 1000 * 16  # Bytes of the float32 kernel, and so of its gradient's ac
     ],
 )
 def test_plans(sizes, memory_budget, shards, made):
-    assert linear.make_plan(sizes, 4, memory_budget, shards) == made
+    assert make_plan(Sizes(*sizes), memory_budget, shards) == made
 
 
 def test_plans_are_of_one_token_and_class_at_least_and_of_no_more_than_there_are():
     sizes = (0, 1, 127, 129, 5000), (0, 1, 4096), (1, 2, 129, 300000)
     for of_head in itertools.product(*sizes):
         for budget, shards in ((None, 1), (None, 8), (0, 1), (10**6, 1), (10**12, 2)):
-            tokens, classes, _ = linear.make_plan(of_head, 4, budget, shards)
+            tokens, classes, _ = make_plan(Sizes(*of_head), budget, shards)
             assert 1 <= tokens <= max(1, of_head[0])
             assert 1 <= classes <= of_head[2]
 
@@ -144,8 +143,21 @@ def test_plans_are_of_one_token_and_class_at_least_and_of_no_more_than_there_are
 # Values and gradients.
 
 
-@pytest.mark.parametrize("form", target_forms(TOKENS, CLASSES))
-def test_every_gradient_for_every_target_form(plan, form):
+FORMS = list(target_forms(TOKENS, CLASSES))
+
+
+@pytest.mark.parametrize(
+    "case",
+    mainly(
+        itertools.product((RECOMPUTED, KEPT), FORMS),
+        *((RECOMPUTED, form) for form in FORMS),
+        # Both ways read the same blocks of mass.
+        *((KEPT, form) for form in ("labels", "dense", "two backgrounds")),
+    ),
+    ids=str,
+)
+def test_every_gradient_for_every_target_form(case):
+    plan, form = case
     targets = target_forms(TOKENS, CLASSES)[form]
     args = arguments() + tuple(floating_leaves(targets)[0])
     # What asks for the transform's or the targets' gradient is never made in the forward pass.
@@ -155,17 +167,22 @@ def test_every_gradient_for_every_target_form(plan, form):
 
 
 @pytest.mark.parametrize(
-    ("form", "reduction", "class_axis"),
-    [("two backgrounds", "mean", 1), ("dense", "none", 0), ("labels", "sum", -2)],
+    ("plan", "form", "reduction", "class_axis"),
+    [
+        (RECOMPUTED_FEW, "two backgrounds", "mean", 1),
+        (RECOMPUTED_FEW, "dense", "none", 0),
+        (KEPT_FEW, "labels", "sum", -2),
+    ],
+    ids=str,
 )
-def test_every_reduction_and_layout_in_chunks_of_tokens(small_plan, form, reduction, class_axis):
+def test_every_reduction_and_layout_in_chunks_of_tokens(plan, form, reduction, class_axis):
     targets, args = target_forms(TOKENS, CLASSES)[form], arguments()
-    options = {"reduction": reduction, "class_axis": class_axis, "plan": small_plan}
+    options = {"reduction": reduction, "class_axis": class_axis, "plan": plan}
     actual = value_and_gradients(fused(targets, **options), args, (0, 1, 2, 3))
     assert_close(actual, value_and_gradients(plain(targets, reduction), args, (0, 1, 2, 3)))
 
 
-def test_a_choice_of_arguments_gives_the_same_gradients(plan):
+def test_a_choice_of_arguments_gives_the_same_gradients():
     targets = target_forms(TOKENS, CLASSES)["smoothed"]
     args = arguments() + tuple(floating_leaves(targets)[0])
 
@@ -173,13 +190,16 @@ def test_a_choice_of_arguments_gives_the_same_gradients(plan):
     def each(function, args):
         return [jax.grad(function, choice)(*args) for choice in [(0,), (1,), (2, 3), (4,), (5,)]]
 
-    assert_close(each(fused(targets, plan=plan), args), each(plain(targets), args))
+    # The first three are made in the forward pass, the others never are.
+    assert_close(each(fused(targets, plan=KEPT), args), each(plain(targets), args))
 
 
 KEEP = np.array([True, False, True, True, False])
 
 
-@pytest.mark.parametrize("form", ["labels", "dense", "prior"])
+@pytest.mark.parametrize(
+    ("plan", "form"), [(KEPT, "labels"), (RECOMPUTED, "dense"), (RECOMPUTED, "prior")], ids=str
+)
 def test_masked_tokens_may_hold_anything(plan, form):
     targets = target_forms(TOKENS, CLASSES)[form]
     inputs, kernel, bias, weights, cap = arguments()
@@ -197,7 +217,7 @@ def test_masked_tokens_may_hold_anything(plan, form):
     assert_close(value_and_gradients(function, args, (0, 1, 2, 3)), desired)
 
 
-@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize(("plan", "reduction"), [(KEPT, "mean"), (RECOMPUTED_FEW, "none")], ids=str)
 def test_all_masked_is_zero_with_zero_gradients(plan, reduction):
     inputs, *others = arguments()
     args = (jnp.full_like(inputs, jnp.nan), *others)
@@ -225,7 +245,9 @@ def test_an_invalid_label_is_nan_in_its_row_alone(plan):
     assert_close(gradient[~bad], jax.grad(plain(valid, "sum", ~bad))(*args)[~bad])
 
 
-@pytest.mark.parametrize("form", ["dense", "two backgrounds"])
+@pytest.mark.parametrize(
+    ("plan", "form"), [(RECOMPUTED, "dense"), (KEPT, "two backgrounds")], ids=str
+)
 def test_batches_of_several_axes_are_batches_of_one(plan, form):
     batch, size = (2, 3), 6
     targets = target_forms(size, CLASSES)[form]
@@ -252,19 +274,22 @@ def test_batches_of_several_axes_are_batches_of_one(plan, form):
 
 
 @pytest.mark.parametrize(
-    ("tokens", "features", "classes"), [(0, 4, 11), (0, 4, 1), (3, 4, 1), (1, 1, 2), (3, 0, 5)]
+    ("plan", "tokens", "features", "classes"),
+    [
+        *[(KEPT, *sizes) for sizes in ((0, 4, 11), (3, 4, 1))],
+        *[(RECOMPUTED, *sizes) for sizes in ((0, 4, 1), (1, 1, 2), (3, 0, 5))],
+    ],
+    ids=str,
 )
 def test_small_and_empty_sizes(plan, tokens, features, classes):
     rng = np.random.default_rng(0)
     shapes = [(tokens, features), (features, classes), (classes,), (tokens,), ()]
     args = tuple(jnp.asarray(rng.random(shape) + 1) for shape in shapes)
     labels = jnp.asarray(rng.integers(0, classes, tokens))
-    reduction = "sum" if tokens == 0 else "mean"
-    actual = value_and_gradients(fused(labels, plan=plan), args, (0, 1, 2, 3))
-    assert_close(actual, value_and_gradients(plain(labels, reduction), args, (0, 1, 2, 3)))
-    none = fused(labels, plan=plan, reduction="none")
-    actual = value_and_gradients(none, args)
-    assert_close(actual, value_and_gradients(plain(labels, "none"), args))
+    reduction, wanted = ("mean" if plan.keeps_logits else "none"), (0, 1, 2, 3)
+    actual = value_and_gradients(fused(labels, plan=plan, reduction=reduction), args, wanted)
+    reduction = "sum" if tokens == 0 else reduction
+    assert_close(actual, value_and_gradients(plain(labels, reduction), args, wanted))
 
 
 def test_temperature_and_its_derivative(plan):
@@ -278,13 +303,16 @@ def test_temperature_and_its_derivative(plan):
         return plain_softmax_cross_entropy(inputs @ kernel / tau, targets).mean()
 
     args = (inputs, kernel, jnp.asarray(0.7))
-    assert_close(value_and_gradients(ours, args), value_and_gradients(of_logits, args))
-    frozen = value_and_gradients(ours, args, (0, 1))
-    assert_close(frozen, value_and_gradients(of_logits, args, (0, 1)))
+    wanted = (0, 1) if plan.keeps_logits else (0, 1, 2)
+    assert_close(*(value_and_gradients(f, args, wanted) for f in (ours, of_logits)))
 
 
-def test_every_mode(plan):
-    # Sizes as small as ragged blocks allow: third derivatives take long to compile.
+@pytest.mark.parametrize(
+    ("plan", "modes"), [(KEPT, ("hessian",)), (RECOMPUTED, ("jacrev(jacrev)",))], ids=str
+)
+def test_whole_hessians(plan, modes):
+    """Other modes, along a line, are in test_linear_options.py."""
+    # Sizes as small as ragged blocks allow: second derivatives take long to compile.
     rng = np.random.default_rng(0)
     tokens, features, classes = 2, 2, 5
     args = tuple(jnp.asarray(rng.normal(size=s)) for s in ((tokens, features), (features, classes)))
@@ -297,11 +325,11 @@ def test_every_mode(plan):
     def of_logits(inputs, kernel):
         return plain_softmax_cross_entropy(inputs @ kernel, targets).mean() ** 2
 
-    assert_modes_agree(MODES, ours, of_logits, args)
+    assert_modes_agree(modes, ours, of_logits, args)
 
 
 @pytest.mark.parametrize("form", ["smoothed", "dense"])
-def test_a_gradient_to_targets_moves_with_the_inputs(plan, form):
+def test_a_gradient_to_targets_moves_with_the_inputs(form):
     targets = target_forms(TOKENS, CLASSES)[form]
     inputs, *others = arguments()
     floats = floating_leaves(targets)[0]
@@ -316,10 +344,12 @@ def test_a_gradient_to_targets_moves_with_the_inputs(plan, form):
 
         return jit(along)(inputs)
 
-    assert_close(moved(fused(targets, plan=plan)), moved(plain(targets)))
+    assert_close(moved(fused(targets, plan=RECOMPUTED)), moved(plain(targets)))
 
 
-@pytest.mark.parametrize("argnums", [(0, 1, 2, 3), (0, 1, 2, 3, 4)], ids=["no cap", "cap"])
+@pytest.mark.parametrize(
+    ("plan", "argnums"), [(KEPT, (0, 1, 2, 3)), (RECOMPUTED, (0, 1, 2, 3, 4))], ids=str
+)
 def test_vmap_of_grad_is_the_loop(plan, argnums):
     labels = jnp.stack([target_forms(TOKENS, CLASSES, seed)["labels"] for seed in range(2)])
     (x0, kernel, bias, w0, _), (x1, _, _, w1, _) = arguments(0), arguments(1)
@@ -335,14 +365,14 @@ def test_vmap_of_grad_is_the_loop(plan, argnums):
     assert_close(gradients(ours), gradients(plain))
 
 
-def test_microbatches_in_a_scan_with_checkpoints_add_to_the_whole(plan):
+def test_microbatches_in_a_scan_with_checkpoints_add_to_the_whole():
     labels = target_forms(2 * TOKENS, CLASSES)["labels"]
     inputs, kernel, bias, weights, cap = arguments(batch=(2 * TOKENS,))
 
     def of_microbatches(inputs, kernel, bias, weights, cap):
         @jax.checkpoint
         def one(x, y, w):
-            function = fused(y, reduction="sum", plan=plan)
+            function = fused(y, reduction="sum", plan=KEPT)
             return function(x, kernel, bias, w, cap)
 
         def step(total, rows):
@@ -351,9 +381,9 @@ def test_microbatches_in_a_scan_with_checkpoints_add_to_the_whole(plan):
         rows = jax.tree.map(lambda a: a.reshape(2, TOKENS, *a.shape[1:]), (inputs, labels, weights))
         return jax.lax.scan(step, jnp.zeros(()), rows)[0]
 
-    args = (inputs, kernel, bias, weights, cap)
-    desired = value_and_gradients(plain(labels, "sum"), args)
-    assert_close(value_and_gradients(of_microbatches, args), desired)
+    args, wanted = (inputs, kernel, bias, weights, cap), (0, 1, 2, 3)
+    desired = value_and_gradients(plain(labels, "sum"), args, wanted)
+    assert_close(value_and_gradients(of_microbatches, args, wanted), desired)
 
 
 def plain_stats(logits, targets):
@@ -373,14 +403,14 @@ def plain_stats(logits, targets):
 
 
 @pytest.mark.parametrize("form", ["labels", "dense", "prior"])
-def test_stats_are_those_of_full_logits(small_plan, form):
+def test_stats_are_those_of_full_logits(form):
     targets, (inputs, kernel, bias, *_) = target_forms(TOKENS, CLASSES)[form], arguments()
     kernel, bias = kernel.at[:, 7].set(kernel[:, 2]), bias.at[7].set(bias[2])  # Ties.
     inputs = inputs.at[1].set(0)
 
     def ours(inputs, kernel, bias):
         return linear_loss_and_stats(
-            inputs, kernel, targets, bias=bias, where=jnp.asarray(KEEP), plan=small_plan
+            inputs, kernel, targets, bias=bias, where=jnp.asarray(KEEP), plan=RECOMPUTED_FEW
         )
 
     def of_logits(inputs, kernel, bias):
@@ -390,7 +420,10 @@ def test_stats_are_those_of_full_logits(small_plan, form):
     def with_z_loss(function):
         def total(*args):
             losses, stats = function(*args)
-            return jnp.sum(losses + 0.1 * stats.log_normalizer**2 + stats.entropy**2), (losses, stats)
+            return jnp.sum(losses + 0.1 * stats.log_normalizer**2 + stats.entropy**2), (
+                losses,
+                stats,
+            )
 
         return jit(jax.value_and_grad(total, (0, 1, 2), has_aux=True))(inputs, kernel, bias)
 
@@ -403,7 +436,9 @@ def test_stats_are_those_of_full_logits(small_plan, form):
 # Limits.
 
 
-@pytest.mark.parametrize("form", ["labels", "prior"])
+@pytest.mark.parametrize(
+    ("small_plan", "form"), [(KEPT_FEW, "labels"), (RECOMPUTED_FEW, "prior")], ids=str
+)
 def test_a_nan_in_the_kernel_is_in_every_number(small_plan, form):
     targets, (inputs, kernel, bias, *_) = target_forms(TOKENS, CLASSES)[form], arguments()
     mean = functools.partial(linear_loss, targets=targets, bias=bias, plan=small_plan)
@@ -435,14 +470,16 @@ def test_a_nan_in_one_token_leaves_the_others_as_they_are(small_plan):
         assert_close(np.delete(after, 3, 0), np.delete(before, 3, 0))
 
 
-def test_a_padded_class_has_no_part_in_the_derivative_of_a_temperature(plan):
+def test_a_padded_class_has_no_part_in_the_derivative_of_a_temperature():
     # 0 · inf: its logit is −inf, whatever the temperature.
     labels, (inputs, kernel, bias, *_) = target_forms(TOKENS, 9)["labels"], arguments()
     padded = bias.at[9:].set(-jnp.inf)
 
     def ours(tau, kernel, bias):
         transform = xentjax.temperature(tau)
-        return linear_loss(inputs, kernel, labels, bias=bias, logit_transform=transform, plan=plan)
+        return linear_loss(
+            inputs, kernel, labels, bias=bias, logit_transform=transform, plan=RECOMPUTED
+        )
 
     def of_fewer(tau, kernel, bias):
         return plain_softmax_cross_entropy((inputs @ kernel + bias) / tau, labels).mean()
@@ -494,14 +531,14 @@ def test_transforms_that_are_refused(transform, error, message):
 
 
 @pytest.mark.parametrize(
-    "transform",
+    ("plan", "transform"),
     [
-        jnp.tanh,
-        jax.jit(lambda z: jnp.where(z > 0, z, 0.5 * z)),
-        lambda z: jnp.clip(z, -2.0, 2.0),
-        jax.nn.softplus,
-        lambda z: jax.lax.fori_loop(0, 3, lambda _, x: jnp.sin(x) + z, z),
-        jax.checkpoint(lambda z: z * jnp.exp(-(z**2))),
+        (KEPT, jnp.tanh),
+        (RECOMPUTED, jax.jit(lambda z: jnp.where(z > 0, z, 0.5 * z))),
+        (RECOMPUTED, lambda z: jnp.clip(z, -2.0, 2.0)),
+        (KEPT, jax.nn.softplus),
+        (KEPT, lambda z: jax.lax.fori_loop(0, 3, lambda _, x: jnp.sin(x) + z, z)),
+        (RECOMPUTED, jax.checkpoint(lambda z: z * jnp.exp(-(z**2)))),
     ],
 )
 def test_elementwise_transforms_of_any_kind(plan, transform):

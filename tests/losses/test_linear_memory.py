@@ -10,7 +10,7 @@ import pytest
 from cases import jit, target_forms
 
 import xentjax
-from xentjax._losses import linear
+from xentjax._softmax.head_plan import Sizes, make_plan, predict
 
 loss_of = xentjax.linear_softmax_cross_entropy
 
@@ -19,22 +19,47 @@ TOKENS, FEATURES, CLASSES = 8192, 2304, 256000
 MIB = 2**20
 
 
-def compiled(tokens, features, classes, argnums=(0, 1), dtype=jnp.float32, class_axis=1, **kwargs):
-    """Compiles the loss, and its gradients to `argnums` of (inputs, kernel), without arrays."""
+@functools.cache
+def compiled(
+    tokens,
+    features,
+    classes,
+    argnums=(0, 1),
+    dtype=jnp.float32,
+    class_axis=1,
+    has_teacher=False,
+    **kwargs,
+):
+    """Compiles the loss, and its gradients to `argnums` of (inputs, kernel), without arrays.
 
-    def function(inputs, kernel, labels):
-        return jnp.sum(loss_of(inputs, kernel, labels, class_axis=class_axis, **kwargs))
+    A teacher has features and a kernel of the same shapes, in the place of the labels.
+    """
+
+    def function(inputs, kernel, targets):
+        return jnp.sum(loss_of(inputs, kernel, targets, class_axis=class_axis, **kwargs))
 
     if argnums:
         function = jax.value_and_grad(function, argnums)
     kernel = (features, classes) if class_axis == 1 else (classes, features)
-    shapes = [((tokens, features), dtype), (kernel, dtype), ((tokens,), jnp.int32)]
-    return jax.jit(function).lower(*(jax.ShapeDtypeStruct(*shape) for shape in shapes)).compile()
+    head = [jax.ShapeDtypeStruct(shape, dtype) for shape in ((tokens, features), kernel)]
+    targets = jax.ShapeDtypeStruct((tokens,), jnp.int32)
+    if has_teacher:
+        targets = xentjax.LinearTargets(*head, class_axis=class_axis)
+    return jax.jit(function).lower(*head, targets).compile()
 
 
 def temporaries(*args, **kwargs) -> float:
     """Returns MiB beside arguments and results."""
     return compiled(*args, **kwargs).memory_analysis().temp_size_in_bytes / MIB
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_temporaries_are_as_predicted(dtype):
+    sizes = Sizes(TOKENS, FEATURES, CLASSES)
+    cost = predict(make_plan(sizes), sizes, jnp.dtype(dtype).itemsize)
+    found = temporaries(TOKENS, FEATURES, CLASSES, dtype=dtype, memory_budget=None)
+    # What is over is the compiler's, and mostly a second copy of a block.
+    assert 0.9 * cost.temporaries <= found * MIB <= 1.35 * cost.temporaries
 
 
 LIMITS = {
@@ -48,7 +73,8 @@ LIMITS = {
 @pytest.mark.parametrize(("dtype", "argnums"), LIMITS, ids=lambda x: getattr(x, "__name__", None))
 @pytest.mark.parametrize("memory_budget", [None, 0])
 def test_temporaries_of_a_large_vocabulary(dtype, argnums, memory_budget):
-    options = {"argnums": argnums, "dtype": dtype, "memory_budget": memory_budget}
+    options = {"dtype": dtype, "memory_budget": memory_budget}
+    options |= {} if argnums == (0, 1) else {"argnums": argnums}
     limit = LIMITS[dtype, argnums][0 if memory_budget is None else 1]
     assert temporaries(TOKENS, FEATURES, CLASSES, **options) <= limit
 
@@ -123,11 +149,32 @@ def test_matmuls_done(way, argnums):
     # XLA would not compute the logits of a single block again.
     tokens, features, block = 256, 1024, 128
     classes, budget = {"kept": (block, None), "recomputed": (3 * block, 0)}[way]
-    plan = linear.make_plan((tokens, features, classes), 4, budget)
+    plan = make_plan(Sizes(tokens, features, classes), budget)
     assert plan == (tokens, block, way == "kept")
     analysis = compiled(tokens, features, classes, argnums, memory_budget=budget).cost_analysis()
     matmuls = analysis["flops"] / (2 * tokens * features * block)
     np.testing.assert_allclose(matmuls, MATMULS[way][argnums], rtol=0.05)
+
+
+@pytest.mark.parametrize(
+    ("way", "argnums", "more"), [("kept", (0, 1), 1), ("recomputed", (0, 1), 2)]
+)
+def test_a_teacher_costs_at_most_two_matmuls_more(way, argnums, more):
+    tokens, features, block = 256, 1024, 128
+    classes, budget = {"kept": (block, None), "recomputed": (3 * block, 0)}[way]
+    analysis = compiled(
+        tokens, features, classes, argnums, memory_budget=budget, has_teacher=True
+    ).cost_analysis()
+    matmuls = analysis["flops"] / (2 * tokens * features * block)
+    np.testing.assert_allclose(matmuls, MATMULS[way][argnums] + more, rtol=0.05)
+
+
+def test_a_teacher_needs_little_more_memory():
+    labels, teacher = (
+        temporaries(TOKENS, FEATURES, CLASSES, has_teacher=has_teacher)
+        for has_teacher in (False, True)
+    )
+    assert teacher <= 1.5 * labels
 
 
 def low_precision(dtype, tokens, features, classes, scale):

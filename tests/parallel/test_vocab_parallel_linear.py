@@ -1,12 +1,13 @@
 """The head with its kernel's classes split over devices: one device's numbers, and what crosses."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import floating_leaves, jit, plain_softmax_cross_entropy, target_forms
+from cases import floating_leaves, jit, mainly, plain_softmax_cross_entropy, target_forms
 from heads import linear_loss
 from jax import export
 from jax.sharding import PartitionSpec as P
@@ -48,6 +49,7 @@ def arguments(dtype=None, classes=CLASSES):
     return tuple(jnp.asarray(x, dtype) for x in (inputs, kernel, bias, weights, 5.0))
 
 
+FORMS = list(target_forms(1, 2))
 WHERE = np.array([True, True, False, True, True, False, True, True])
 
 
@@ -113,9 +115,17 @@ def assert_close(actual, desired):
 
 
 @pytest.mark.usefixtures("_float64")
-@pytest.mark.parametrize("form", target_forms(1, 2))
-@pytest.mark.parametrize("way", PLANS)
-def test_every_gradient_for_every_target_form(way, form):
+@pytest.mark.parametrize(
+    "case",
+    mainly(
+        itertools.product(PLANS, FORMS),
+        *(("recomputed", form) for form in ("labels", "dense", "two backgrounds", "teacher")),
+        *(("kept", form) for form in ("smoothed", "prior")),
+    ),
+    ids=str,
+)
+def test_every_gradient_for_every_target_form(case):
+    way, form = case
     classes = CLASSES - 4  # Of which no block is shorter: it takes less time to compile.
     targets, mesh = target_forms(TOKENS, classes)[form], make_mesh((2, 4), ("data", "model"))
     args = arguments(classes=classes) + tuple(floating_leaves(targets)[0])
@@ -129,9 +139,9 @@ def test_every_gradient_for_every_target_form(way, form):
 
 
 @pytest.mark.usefixtures("_float64")
-@pytest.mark.parametrize("way", PLANS)
 @pytest.mark.parametrize(
-    ("form", "reduction", "class_axis"), [("labels", "mean", -2), ("dense", "none", 0)]
+    ("way", "form", "reduction", "class_axis"),
+    [("kept", "labels", "mean", -2), ("recomputed", "dense", "none", 0)],
 )
 def test_every_reduction_and_layout(way, form, reduction, class_axis):
     targets, mesh = target_forms(TOKENS, CLASSES)[form], make_mesh((1, 4), ("data", "model"))
@@ -161,31 +171,27 @@ def test_an_invalid_label_is_nan_in_its_row_alone(way):
 
 
 @pytest.mark.usefixtures("_float64")
-@pytest.mark.parametrize("way", PLANS)
-def test_padded_classes_have_a_bias_of_minus_infinity(way):
+def test_padded_classes_are_masked():
     num_classes, targets = CLASSES - 2, jnp.array([0, 15, 3, 16, 17, 5, 4, 9])
     inputs, kernel, bias, weights, cap = arguments()
-    mesh = make_mesh((2, 4), ("data", "model"))
+    mesh, class_mask = make_mesh((2, 4), ("data", "model")), jnp.arange(CLASSES) < num_classes
 
-    def capped(logits):
-        return jnp.where(logits == -jnp.inf, logits, xentjax.soft_cap(cap)(logits))
-
-    def on_device(inputs, kernel, bias, targets, weights):
-        options = {"logit_transform": capped, "plan": PLANS[way], "reduction": "sum"}
-        losses = _loss(inputs, kernel, targets, bias=bias, weights=weights, **options)
+    def on_device(inputs, kernel, bias, class_mask, targets, weights):
+        options = {"logit_transform": xentjax.soft_cap(cap), "plan": PLANS["kept"]}
+        options |= {"bias": bias, "class_mask": class_mask, "weights": weights}
+        losses = _loss(inputs, kernel, targets, reduction="sum", **options)
         return jax.lax.psum(losses, "data")
 
     padded = jax.shard_map(
         on_device,
         mesh=mesh,
-        in_specs=(P("data"), P(None, "model"), P("model"), P("data"), P("data")),
+        in_specs=(P("data"), P(None, "model"), P("model"), P("model"), P("data"), P("data")),
         out_specs=P(),
     )
 
     def actual(inputs, kernel, bias):
-        kernel = jnp.pad(kernel, ((0, 0), (0, 2)))
-        bias = jnp.pad(bias, (0, 2), constant_values=-jnp.inf)
-        return padded(inputs, kernel, bias, targets, weights)
+        kernel, bias = jnp.pad(kernel, ((0, 0), (0, 2))), jnp.pad(bias, (0, 2))
+        return padded(inputs, kernel, bias, class_mask, targets, weights)
 
     def desired(*args):
         return plain(targets, where=np.ones(TOKENS, bool))(*args, weights, cap)
@@ -193,7 +199,7 @@ def test_padded_classes_have_a_bias_of_minus_infinity(way):
     args = inputs, kernel[:, :num_classes], bias[:num_classes]
     assert_close(*(value_and_gradients(f, args, (0, 1, 2)) for f in (actual, desired)))
     with pytest.raises(ValueError, match="evenly divi"):
-        padded(*args, targets, weights)
+        padded(*args, class_mask, targets, weights)
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])

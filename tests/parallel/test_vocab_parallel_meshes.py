@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import mainly
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from meshes import AUTO, EXPLICIT, NEAR, collectives, make_mesh, relative_difference
@@ -42,11 +43,15 @@ def _train_step(mesh, memory_budget):
 
 
 @pytest.mark.parametrize(
-    ("shape", "axis_type", "memory_budget"),
-    [(shape, AUTO, None) for shape in SHAPES] + [((2, 4), EXPLICIT, None), ((4, 2), AUTO, 0)],
+    "case",
+    mainly(
+        [(shape, AUTO, None) for shape in SHAPES] + [((2, 4), EXPLICIT, None), ((4, 2), AUTO, 0)],
+        *[((1, 1), AUTO, None), ((1, 8), AUTO, None), ((2, 4), EXPLICIT, None), ((4, 2), AUTO, 0)],
+    ),
     ids=str,
 )
-def test_a_train_step_on_any_mesh_is_that_of_one_device(shape, axis_type, memory_budget):
+def test_a_train_step_on_any_mesh_is_that_of_one_device(case):
+    shape, axis_type, memory_budget = case
     tokens, features, classes = 48, 5, 1024
     rng = np.random.default_rng(2)
     params = {

@@ -132,8 +132,8 @@ def _total(x):
 # The others are made of these; what takes longest to compile, once each.
 MODES_OF = {
     "logits": ("value", "grad", "jvp", "linearize", "jacfwd", "hessian", "jacrev(jacrev)"),
-    "kept": ("grad(checkpoint)", "jacfwd", "hessian", "grad(scan)"),
-    "recomputed": ("grad", "hessian", "grad(checkpoint)"),
+    "kept": ("grad(checkpoint)", "hessian"),
+    "recomputed": ("hessian", "grad(scan)"),
 }
 
 

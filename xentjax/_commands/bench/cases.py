@@ -16,6 +16,8 @@ from xentjax._commands.bench.contenders import CONTENDERS, Foreign
 SIGMOID = ("binary", "multilabel")
 EAGER = ("eager", "eager-smoothing")
 IN_PICTURE = ("xentjax", "optax")
+MASKED = {"head-10": 0.1, "head-50": 0.5, "head-90": 0.9}
+"""Heads of which a share of the tokens is masked."""
 
 
 class Size(NamedTuple):
@@ -50,6 +52,11 @@ class Case:
     def is_eager(self) -> bool:
         """Whether the call is made without compiling it as a whole."""
         return self.loss in EAGER
+
+    @property
+    def is_head(self) -> bool:
+        """Whether the primals are inputs and a kernel, and not logits."""
+        return self.loss == "head" or self.loss in MASKED
 
     @property
     def is_unusual(self) -> bool:
@@ -165,7 +172,7 @@ def limits(case: Case, plan: Plan) -> dict[str, Callable[..., Any]]:
     A read of the logits is the least that a value takes, a read and a write of them (a copy) the
     least that their gradient takes; a head has one matmul, and two more for its gradients.
     """
-    if case.loss == "head":
+    if case.is_head:
         found = {"matmuls": jnp.matmul if case.output == "value" else _matmuls}
     else:
         found = {"copy": jnp.copy, "read": lambda z: z.max(-1)}
@@ -177,9 +184,10 @@ def inputs(case: Case) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]:
     n, v, features = case.shape
     rng = np.random.default_rng(1)
     labels = jnp.asarray(rng.integers(v, size=n), jnp.int32)
-    if case.loss == "head":
+    if case.is_head:
         kernel = _normal((features, v), case.dtype, 2 / math.sqrt(features))
-        return (_normal((n, features), case.dtype), kernel), (labels,)
+        kept = (jnp.asarray(rng.random(n) >= MASKED[case.loss]),) if case.loss in MASKED else ()
+        return (_normal((n, features), case.dtype), kernel), (labels, *kept)
     z = LOGITS[case.logits](_normal((n, v), case.dtype, 2))
     if case.loss == "mixup":
         return (z,), (labels, jnp.flip(labels), jnp.float32(0.7))
@@ -238,7 +246,7 @@ FULL = Plan(
         Row("small", _SMALL, "bfloat16", (*_LOSSES, *SIGMOID)),
         Row("image", _IMAGE, "float32", (*_LOSSES, "excluded", *SIGMOID)),
         Row("image", _IMAGE, "bfloat16", (*_LOSSES, *SIGMOID)),
-        Row("language", _LANGUAGE, "float32", (*_LOSSES, "head")),
+        Row("language", _LANGUAGE, "float32", (*_LOSSES, "head", *MASKED)),
         Row("language", _LANGUAGE, "bfloat16", (*_LOSSES, "head")),
     ),
     large=(Row("large", _LARGE, "bfloat16", (*_LOSSES, "head")),),

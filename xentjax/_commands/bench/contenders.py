@@ -133,6 +133,11 @@ def _tokamax(tokamax, inputs, kernel, y):
 
 _optax_labels = optax.softmax_cross_entropy_with_integer_labels
 
+_MASKED_HEAD = {
+    "xentjax": lambda x, w, y, where: xentjax.linear_softmax_cross_entropy(x, w, y, where=where),
+    "optax": lambda x, w, y, where: _mean_where(_optax_labels(_logits_of(x, w), y), where),
+}
+
 CONTENDERS: dict[str, dict[str, Callable[..., Any] | Foreign]] = {
     "eager": {  # The cost of one call: not compiled, and one loss per example.
         "xentjax": xentjax.softmax_cross_entropy,
@@ -208,6 +213,9 @@ CONTENDERS: dict[str, dict[str, Callable[..., Any] | Foreign]] = {
         "jax.nn": lambda z, t: _plain_binary(z, t).sum(-1).mean(),
         "torch": _torch(lambda torch, z, t: _torch_binary(torch, z, t) / len(z)),
     },
+    "head-10": _MASKED_HEAD,  # So many tokens in a hundred are masked.
+    "head-50": _MASKED_HEAD,
+    "head-90": _MASKED_HEAD,
     "head": {
         "xentjax": xentjax.linear_softmax_cross_entropy,
         "optax": lambda x, w, y: _optax_labels(_logits_of(x, w), y).mean(),

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from xentjax._commands.bench.cases import IN_PICTURE, Plan, Size
+from xentjax._commands.bench.cases import IN_PICTURE, MASKED, Plan, Size
 from xentjax._commands.bench.contenders import CONTENDERS
 from xentjax._commands.bench.timing import OUT_OF_MEMORY, Measurement, Outcome
 from xentjax._commands.common import COLOURS, tidy
@@ -28,7 +28,7 @@ def tables(measurements: Sequence[Measurement]) -> Iterator[str]:
     groups: dict[tuple, list[Measurement]] = {}
     for m in measurements:
         if m.case.size != "scaling":
-            key = (m.case.loss == "head", m.case.size, m.case.dtype)
+            key = (m.case.is_head, m.case.loss in MASKED, m.case.size, m.case.dtype)
             groups.setdefault(key, []).append(m)
     for group in groups.values():
         yield from ("", *paragraph(_title(group)), *table(_columns(group)))
@@ -39,7 +39,7 @@ def tables(measurements: Sequence[Measurement]) -> Iterator[str]:
 def _columns(group: list[Measurement]) -> list[list[str]]:
     """Returns the table of cases that differ in the loss and in the output alone, by column."""
     case = group[0].case
-    limit = "matmuls" if case.loss == "head" else "copy"
+    limit = "matmuls" if case.is_head else "copy"
     others = [name for name in group[0].outcomes if name in CONTENDERS[case.loss]][1:]
     headings = ["", "ours,\nms", "±"]
     headings += [name.replace(" ", "\n") + "\n÷ ours" for name in others]
@@ -65,10 +65,10 @@ def _title(group: list[Measurement]) -> str:
     """Returns the size and the dtype of a table, and the times of its limits."""
     case = group[0].case
     n, v, features = case.shape
-    is_head = case.loss == "head"
-    shape = f"head {n} × {features} × {v}" if is_head else f"{n} × {v}"
+    kind = "masked head" if case.loss in MASKED else "head"
+    shape = f"{kind} {n} × {features} × {v}" if case.is_head else f"{n} × {v}"
     takes = []
-    for name in ("matmuls",) if is_head else ("copy", "read"):
+    for name in ("matmuls",) if case.is_head else ("copy", "read"):
         medians = [1000 * m.outcomes[name].median() for m in group]
         low, high = three_digits(min(medians)), three_digits(max(medians))
         takes.append(f"{name} {low if low == high else f'{low} … {high}'} ms")
