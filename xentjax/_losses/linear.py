@@ -340,7 +340,7 @@ def prepare(arrays: Arrays, options: Options) -> Call:
         whole_mass = arguments.as_mass(targets, shape, dtype, mask, mesh_axes=options.axes)
         mass = arguments.on_shard(whole_mass, num_classes, options.axes)
     w = jnp.ones(batch, dtype) if weights is None else weights.astype(dtype)
-    tokens = Tokens(masked(inputs, mask), mass, mask, masked(w, mask), None)
+    tokens = Tokens(masked(inputs, where), mass, mask, masked(w, mask), None)
     num_tokens, features = math.prod(batch), inputs.shape[-1]
     tokens = map_examples(lambda x: x.reshape(num_tokens, *x.shape[len(batch) :]), tokens)
 
@@ -353,7 +353,9 @@ def prepare(arrays: Arrays, options: Options) -> Call:
     mask, w = meshes.varying((tokens.mask, tokens.weights), over.difference(options.axes))
     tokens = Tokens(inputs, mass, mask, w, None)
     sizes = Sizes(num_tokens, features, num_classes, dtype.itemsize)
-    plans = _plans(sizes, options, isinstance(targets, LinearTargets), where is not None)
+    if isinstance(targets, LinearTargets):
+        sizes = sizes._replace(teacher_features=targets.inputs.shape[-1])
+    plans = _plans(sizes._replace(may_skip=where is not None), options)
     head = Head(class_axis, transform, plans[0], options.axes, options.with_stats, plans[1])
     call = Call(head, tokens, params, None, whole_mass)
     if options.with_stats:
@@ -361,7 +363,7 @@ def prepare(arrays: Arrays, options: Options) -> Call:
     return call if where is None else call.with_kept_tokens_first()
 
 
-def _plans(sizes, options, has_teacher, has_mask):
+def _plans(sizes, options):
     """Returns the plans of a head: on one CPU, and on everything else where it differs."""
     if options.plan is not None:
         return options.plan, None
@@ -369,7 +371,6 @@ def _plans(sizes, options, has_teacher, has_mask):
     expected = f"memory_budget: expected an integer number of bytes or None, got {budget!r}"
     checks.check(budget is None or checks.is_int(budget), expected, TypeError)
     checks.check(budget is None or budget >= 0, expected)
-    sizes = sizes._replace(kept_rows=1 + has_teacher, may_skip=has_mask)
     shards = jax.lax.axis_size(options.axes) if options.axes else 1
     plan = make_plan(sizes, budget, shards)
     if budget is not None or not plan.keeps_logits:

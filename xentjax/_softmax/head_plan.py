@@ -74,7 +74,7 @@ class Sizes(NamedTuple):
       features: D.
       classes: V.
       itemsize: Bytes of a number in the arithmetic.
-      kept_rows: Rows of V numbers that are kept for each token: a teacher has a second one.
+      teacher_features: Those of a teacher, if it has any; its logits are kept too.
       may_skip: Whether a mask may leave tokens out.
     """
 
@@ -82,8 +82,13 @@ class Sizes(NamedTuple):
     features: int
     classes: int
     itemsize: int = 4
-    kept_rows: int = 1
+    teacher_features: int = 0
     may_skip: bool = False
+
+    @property
+    def kept_rows(self) -> int:
+        """Rows of V numbers that are kept for each token."""
+        return 2 if self.teacher_features else 1
 
 
 def make_plan(
@@ -115,7 +120,8 @@ def make_plan(
         tokens = min(tokens, max(sizes.tokens // 16, MIN_SKIPPED_TOKENS, min_tokens))
     tokens = _even(sizes.tokens, tokens) if is_known else RECOMPUTED_TOKENS
     # A block has a few arrays of [tokens, classes], and of [features, classes].
-    classes = block_bytes // (sizes.itemsize * (2 * tokens + sizes.features))
+    rows = 2 * tokens * sizes.kept_rows + sizes.features + sizes.teacher_features
+    classes = block_bytes // (sizes.itemsize * rows)
     classes = _even(sizes.classes, classes)
     return HeadPlan(tokens if is_known else sizes.tokens, classes, keeps_logits)
 
