@@ -33,12 +33,10 @@ MAX_LOGIT = 1e300  # Any two such logits have a difference that float64 holds.
 class Explanation:
     """Every link from predictions to their losses: print it, show it in a notebook, or plot it.
 
-    softmax: p = softmax(z), loss = Σ_v t_v · s_v, ∂loss/∂z_v = T · p_v − t_v
+    loss = Σ_v t_v · s_v,   s_v = −log p_v,   ∂loss/∂z_v = T · p_v − t_v,   T = Σ_v t_v
 
-    sigmoid: p_v = σ(z_v), loss = Σ_v t_v · s_v + (1 − t_v) · s̄_v, ∂loss/∂z_v = p_v − t_v
-
-    where s_v = −log p_v, s̄_v = −log(1 − p_v) and T = Σ_v t_v. Arrays are NumPy's, of float64,
-    for predictions [..., V]. `e[i]` is the explanation of one example of a batch.
+    For sigmoid it is Σ_v (t_v · s_v + (1 − t_v) · s̄_v), where s̄_v = −log(1 − p_v). Arrays are
+    NumPy's, of float64, for predictions [..., V]. `e[i]` is that of one example of a batch.
 
     Attributes:
       classes: The names of the V classes.
@@ -170,11 +168,9 @@ def explain(
 ) -> Explanation:
     """Explains the loss of one prediction or a few: every link from surprisal to gradient.
 
-    softmax: p = softmax(z), loss = Σ_v t_v · s_v, ∂loss/∂z_v = T · p_v − t_v, s_v = −log p_v
+    loss = Σ_v t_v · s_v,   s_v = −log p_v,   ∂loss/∂z_v = T · p_v − t_v,   T = Σ_v t_v
 
-    sigmoid: the same for a yes or no of each class, t_v and 1 − t_v
-
-    The numbers are those of `softmax_cross_entropy` or `sigmoid_binary_cross_entropy` in float64,
+    With link="sigmoid", each class has a yes and a no, whose losses add. The numbers are those of `softmax_cross_entropy` or `sigmoid_binary_cross_entropy` in float64,
     whatever `jax_enable_x64` says. It reads values, so it runs outside `jax.jit`.
 
     Args:
