@@ -170,8 +170,9 @@ def explain(
 
     loss = Σ_v t_v · s_v,   s_v = −log p_v,   ∂loss/∂z_v = T · p_v − t_v,   T = Σ_v t_v
 
-    With link="sigmoid", each class has a yes and a no, whose losses add. The numbers are those of `softmax_cross_entropy` or `sigmoid_binary_cross_entropy` in float64,
-    whatever `jax_enable_x64` says. It reads values, so it runs outside `jax.jit`.
+    With link="sigmoid", each class has a yes and a no, whose losses add. The numbers are those of
+    `softmax_cross_entropy` or `sigmoid_binary_cross_entropy` in float64, whatever `jax_enable_x64`
+    says. `explain` reads values, so it runs outside `jax.jit`.
 
     Args:
       prediction: Logits, probabilities or weights, [..., V].
