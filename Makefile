@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test prove lint docs clean
+.PHONY: demo test test-all prove accuracy mutate lint docs clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m xentjax demo
@@ -15,6 +15,25 @@ test: $(VENV)/.test
 prove: $(VENV)/.test
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m prove
 
+# The suite on every interpreter that is here, each with the newest JAX that it can have.
+INTERPRETERS ?= 3.11 3.12 3.13
+test-all:
+	for version in $(INTERPRETERS); do \
+	  if python$$version --version 2>/dev/null; then \
+	    $(MAKE) test PYTHON=python$$version VENV=.venv-$$version || exit 1; \
+	  else \
+	    echo "There is no python$$version here."; \
+	  fi; \
+	done
+
+# Measures how exact losses are, beside other libraries, PyTorch too if it is installed.
+accuracy: $(VENV)/.test
+	$(BIN)/python tests/prove/accuracy.py docs/accuracy.md
+
+# Puts 70 faults into the mathematics, and looks whether tests fail for each.
+mutate: $(VENV)/.test
+	$(BIN)/python tests/prove/mutation.py 70
+
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -25,7 +44,7 @@ docs: $(VENV)/.docs
 	$(BIN)/python -m sphinx --builder html --fail-on-warning --keep-going --quiet docs docs/_build/html
 
 clean:
-	rm -rf $(VENV) docs/_build docs/api docs/notebooks docs/_fonts
+	rm -rf $(VENV) .venv-* docs/_build docs/api docs/notebooks docs/_fonts
 
 $(VENV)/.pip:
 	$(PYTHON) -m venv $(VENV)
