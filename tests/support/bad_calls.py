@@ -400,6 +400,24 @@ def linear_options():
     for value, given in ((-1.0, "-1.0"), (math.nan, "nan"), (jnp.ones(1), "[1]")):
         yield Bad(function, args, {"z_loss": value}, *shape_of("z_loss", "at least 0", given))
     yield Bad(function, args, {"z_loss": "1"}, *kind_of("z_loss", "at least 0", "'1'"))
+    x, w = args[:2]
+    for targets, error in [
+        (xj.LinearTargets(ints(4, 2), w), kind_of("targets.inputs", FLOATS, "int32[4, 2]")),
+        (xj.LinearTargets(x, ints(2, 3)), kind_of("targets.kernel", FLOATS, "int32[2, 3]")),
+        (xj.LinearTargets(x, w.T), shape_of("targets.kernel", "2 features", "[3, 2]")),
+        (xj.LinearTargets(x[:3], w), shape_of("targets", "(4,) tokens", "(3,) tokens")),
+        (xj.LinearTargets(x, jnp.ones((2, 5))), shape_of("targets", "3 classes", "5 classes")),
+        (
+            xj.LinearTargets(x, w, bias=jnp.ones(4)),
+            shape_of("targets.bias", "(3,)", "[4]"),
+        ),
+        (
+            xj.LinearTargets(x, w, temperature=0.0),
+            shape_of("targets.temperature", "positive number", "0.0"),
+        ),
+        (xj.LinearTargets(x, w, class_axis=2), shape_of("targets.class_axis", "0", "2")),
+    ]:
+        yield Bad(function, (x, w, targets), {}, *error)
     for transform, name in [(xj.soft_cap, "cap"), (xj.temperature, "tau")]:
         for value in (0.0, -1.0, math.nan, math.inf):
             yield Bad(transform, (value,), {}, *shape_of(name, "positive number", str(value)))
