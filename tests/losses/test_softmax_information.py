@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import mpmath
 import numpy as np
 import pytest
+from cases import jit
 
 import xentjax
 
@@ -51,7 +52,7 @@ def test_logit_forms_agree_with_probability_forms():
         def values_and_gradients(a, b):
             return measured(a, b), jax.jacrev(summed, (0, 1))(a, b)
 
-        return jax.jit(values_and_gradients)
+        return jit(values_and_gradients)
 
     with jax.enable_x64(True):
         got, want = (of_both(f)(*logits) for f in (of_logits, of_probabilities))
@@ -113,6 +114,9 @@ def mp_divergence(a, b):
     return divergence, to_a, to_b
 
 
+divergence_and_gradients = jit(jax.vmap(jax.value_and_grad(xentjax.softmax_kl_divergence, (0, 1))))
+
+
 @pytest.mark.parametrize("offset", [0.0, 100.0])
 @pytest.mark.parametrize("difference", [0.0, 1e-6, 1e-4, 1.0, 50.0, 500.0])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
@@ -122,7 +126,7 @@ def test_divergence_of_logits_is_exact_relative_to_its_value(dtype, difference, 
     with jax.enable_x64(dtype == "float64"):
         a = rng.normal(0, 4, (6, 20)).astype(dtype)
         b = (a + offset + difference * rng.normal(size=a.shape)).astype(dtype)
-        grad = jax.vmap(jax.value_and_grad(xentjax.softmax_kl_divergence, (0, 1)))
+        grad = divergence_and_gradients
         values, gradients = grad(a, b)
     eps = float(np.finfo(dtype).eps)
     widest = max(float(np.ptp(x, axis=-1).max()) for x in (a, b))
@@ -141,7 +145,7 @@ def test_divergence_of_confident_logits():
     """A leader of p that is nearly certain hides neither the value nor the gradient of the rest."""
     a = np.array([[0, -40, -60], [20, 0, 1], [0, -200, -300], [3, 3, -30]], np.float32)
     b = np.array([[5, -34, -60], [19, 0, 3], [0, 250, -1], [3, 3, -29]], np.float32)
-    grad = jax.vmap(jax.value_and_grad(xentjax.softmax_kl_divergence, (0, 1)))
+    grad = jit(jax.vmap(jax.value_and_grad(xentjax.softmax_kl_divergence, (0, 1))))
     values, (to_a, to_b) = grad(a, b)
     for i in range(len(a)):
         divergence, want_a, want_b = mp_divergence(a[i], b[i])
@@ -182,7 +186,7 @@ def test_divergence_of_logits_under_masks(junk):
             losses = xentjax.softmax_kl_divergence(a, b, where=where)
             return losses.sum(), losses
 
-        gradients, losses = jax.jit(jax.grad(total, (0, 1), has_aux=True))(*bad)
+        gradients, losses = jit(jax.grad(total, (0, 1), has_aux=True))(*bad)
         np.testing.assert_allclose(losses, want, rtol=1e-6)
         for gradient in gradients:
             np.testing.assert_array_equal(gradient[~keep], 0)
@@ -197,23 +201,101 @@ MODES = {
 }
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_second_derivatives_of_logit_divergence_in_a_loop(mode):
+def plain_kl(p, log_p, log_q):
+    return jnp.sum(jnp.where(p > 0, p * (log_p - log_q), 0))
+
+
+def plain_divergence(a, b):
+    p = jax.nn.softmax(a)
+    return plain_kl(p, jnp.log(jnp.where(p > 0, p, 1)), jax.nn.log_softmax(b))
+
+
+def plain_js(a, b, beta=0.3):
+    p, q = jax.nn.softmax(a), jax.nn.softmax(b)
+    log_p, log_q, log_m = (
+        jnp.log(jnp.where(x > 0, x, 1)) for x in (p, q, beta * p + (1 - beta) * q)
+    )
+    return beta * plain_kl(p, log_p, log_m) + (1 - beta) * plain_kl(q, log_q, log_m)
+
+
+IN_A_LOOP = {
+    "kl": (xentjax.softmax_kl_divergence, plain_divergence),
+    "js": (functools.partial(xentjax.softmax_js_divergence, beta=0.3), plain_js),
+}
+
+
+@pytest.mark.parametrize("name", IN_A_LOOP)
+def test_second_derivatives_of_logit_divergence_in_a_loop(name):
     """Beside those of the probabilities' formula, outside of a loop, with classes impossible."""
     rng = np.random.default_rng(6)
     a, b = rng.normal(size=(2, 3, 4))
     a[:, 1] = -np.inf
-
-    def plain(a, b):
-        s, r = -jax.nn.log_softmax(a), -jax.nn.log_softmax(b)
-        possible = a > -np.inf
-        return jnp.sum(jnp.where(possible, jnp.exp(-s) * (r - jnp.where(possible, s, 0)), 0))
+    if name == "js":
+        b[1:, 2] = b[2, 1] = -np.inf
+    ours, plain = IN_A_LOOP[name]
 
     def looped(a, b):
-        return jax.lax.map(lambda x: xentjax.softmax_kl_divergence(*x), (a, b)).sum()
+        return jax.lax.map(lambda x: ours(*x), (a, b)).sum()
+
+    @jit
+    def every(a, b):
+        wanted = jax.hessian(plain, (0, 1))(a, b)
+        return {mode: make(looped, (0, 1))(a, b) for mode, make in MODES.items()}, wanted
 
     with jax.enable_x64(True):
-        got = jax.jit(MODES[mode](looped, (0, 1)))(a, b)
-        want = jax.jit(jax.hessian(plain, (0, 1)))(a, b)
-        got, want = (np.nan_to_num(np.array(x)) for x in (got, want))
-        np.testing.assert_allclose(got, want, rtol=1e-9, atol=1e-12)
+        got, want = every(a, b)
+        want = np.nan_to_num(np.array(want))
+        for mode, each in got.items():
+            each = np.nan_to_num(np.array(each))  # noqa: PLW2901
+            np.testing.assert_allclose(each, want, rtol=1e-9, atol=1e-12, err_msg=mode)
+
+
+# The Jensen-Shannon divergence of logits.
+
+
+def mp_js(a, b, beta):
+    """Returns JS and its derivatives to a and b, for one row, at 50 digits."""
+    p, q = ([MP.exp(-x) for x in mp_surprisals(z)] for z in (a, b))
+    m = [beta * x + (1 - beta) * y for x, y in zip(p, q, strict=True)]
+    parts = []
+    for share, row in ((beta, p), (1 - beta, q)):
+        ratios = [MP.log(x / y) for x, y in zip(row, m, strict=True)]
+        kl = MP.fsum(x * r for x, r in zip(row, ratios, strict=True))
+        parts.append((share * kl, [share * x * (r - kl) for x, r in zip(row, ratios, strict=True)]))
+    return parts[0][0] + parts[1][0], parts[0][1], parts[1][1]
+
+
+@pytest.mark.parametrize("beta", [0.5, 0.1, 0.99])
+def test_js_divergence_of_logits_is_exact_however_near_or_far_they_are(beta):
+    rng = np.random.default_rng(7)
+    differences = np.repeat([0, 1e-6, 1e-4, 1e-2, 1, 50, 500], 2)[:, None]
+    offsets = np.tile([0, 100], 7)[:, None]
+    a = rng.normal(0, 4, (14, 20)).astype(np.float32)
+    b = (a + offsets + differences * rng.normal(size=a.shape)).astype(np.float32)
+    function = functools.partial(xentjax.softmax_js_divergence, beta=beta)
+    values, gradients = jit(jax.vmap(jax.value_and_grad(function, (0, 1))))(a, b)
+    for i in range(len(a)):
+        widest = max(float(np.ptp(x)) for x in (a[i], b[i]))
+        rtol = max(1e-6, 2**-23 * widest)  # An ulp of the widest logit.
+        divergence, *slopes = mp_js(a[i], b[i], MP.mpf(beta))
+        np.testing.assert_allclose(float(values[i]), float(divergence), rtol=rtol)
+        for got, want in zip(gradients, slopes, strict=True):
+            size = float(max(map(abs, want)))
+            # Where both are certain of different classes, what is left of log m is rounding.
+            bound = rtol * size + 2e-7 * max(map(float, map(abs, want))) + 1e-12
+            np.testing.assert_allclose(got[i], np.array(want, float), rtol=0, atol=bound)
+
+
+def test_js_divergence_of_impossible_classes_and_its_limits():
+    inf = np.inf
+    a = np.array([[0, -inf, -inf], [0, 0, -inf], [1, 2, 3]], np.float32)
+    b = np.array([[-inf, 0, -inf], [0, 0, -inf], [1, 2, 3]], np.float32)
+    loss = jit(jax.vmap(jax.value_and_grad(xentjax.softmax_js_divergence, (0, 1))))
+    values, gradients = loss(a, b)
+    np.testing.assert_allclose(values, [np.log(2), 0, 0], rtol=1e-6)
+    assert np.isfinite(gradients).all()
+    p, q = jax.nn.softmax(np.array([[1.0, 2, 0], [0.5, 0, 1]], np.float32))
+    of_logits = xentjax.softmax_js_divergence(jnp.log(p), jnp.log(q), base=2)
+    np.testing.assert_allclose(of_logits, xentjax.js_divergence(p, q, base=2), rtol=1e-6)
+    small = xentjax.softmax_js_divergence(jnp.log(p), jnp.log(q), beta=1e-4) / 1e-4
+    np.testing.assert_allclose(small, xentjax.kl_divergence(p, q), rtol=1e-3)
