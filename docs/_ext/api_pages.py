@@ -26,7 +26,7 @@ def write() -> None:
     pages, index = {}, INTRODUCTION
     for module in (xentjax, xentjax.plot):
         for heading, names in groups_of(module):
-            title = heading if module is xentjax else f"Pictures. {heading}"
+            title = heading if module is xentjax else f"Pictures: {heading.lower()}"
             slug = re.sub(r"\W+", "-", title.lower()).strip("-")
             pages[f"{slug}.md"] = _page(module.__name__, title, [name for name, _ in names])
             index += f"## [{title}]({slug}.md)\n\n"

@@ -43,6 +43,6 @@ def _visit_block(self: SphinxTranslator, node):
 def setup(app):
     """Installs the two readers of equations."""
     app.add_html_math_renderer("mathml", (_visit_inline, None), (_visit_block, None))
-    app.connect("autodoc-process-docstring", _equations_of_docstring, priority=900)
+    app.connect("autodoc-process-docstring", _equations_of_docstring, priority=790)
     app.config.html_math_renderer = "mathml"
     return {"parallel_read_safe": True, "parallel_write_safe": True}

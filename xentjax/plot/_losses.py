@@ -26,7 +26,7 @@ CORNERS = np.array([[0, 0], [1, 0], [0.5, math.sqrt(3) / 2]])
 def log_loss(*, base: float | None = None, ax: Axes | None = None) -> Axes:
     """Draws the binary log loss by the predicted probability, for both labels.
 
-    −log p for y = 1, −log(1 − p) for y = 0
+    loss = −log p for y = 1,   loss = −log(1 − p) for y = 0
 
     Args:
       base: The base of the logarithm: 2 gives bits; None is e, for nats.
@@ -69,7 +69,7 @@ def log_loss(*, base: float | None = None, ax: Axes | None = None) -> Axes:
 def log_loss_beside_difference(*, slopes: bool = False, ax: Axes | None = None) -> Axes:
     """Draws the log loss of the right answer beside the plain difference from 1, or their slopes.
 
-    −log p and 1 − p by p; or, with p = σ(z), their derivatives p − 1 and −p · (1 − p) by z
+    The curves are −log p and 1 − p by p; the slopes are p − 1 and −p · (1 − p) by z, for p = σ(z).
 
     Args:
       slopes: Whether to draw the slopes in the logit, which training sees.
@@ -123,7 +123,7 @@ def margin(
 ) -> Axes:
     """Draws loss or gradient by the margin of the right class over one other, naive and exact.
 
-    naive: lse(z) − z_y, and autodiff's gradient of it; exact: `softmax_cross_entropy`
+    The naive loss is lse(z) − z_y, with autodiff's gradient; the exact one `softmax_cross_entropy`.
 
     Args:
       quantity: "loss", or "gradient" for the size of the right class's entry.
