@@ -38,6 +38,9 @@ losses, head_stats = xentjax.linear_softmax_cross_entropy_with_stats(
     jnp.ones((4, 2)), jnp.ones((2, 3)), labels, logit_transform=jnp.tanh
 )
 assert_type(head_stats.label_log_probability, jax.Array)
+of_head = xentjax.LinearTargets(jnp.ones((4, 5)), jnp.ones((5, 3)), temperature=2.0)
+distilled = xentjax.linear_softmax_cross_entropy(jnp.ones((4, 2)), jnp.ones((2, 3)), of_head)
+assert_type(distilled, jax.Array)
 
 teacher = assert_type(xentjax.top_k_targets(logits, 2), xentjax.SparseTargets)
 stored = xentjax.teacher_targets(teacher.indices, jnp.log(teacher.weights))
