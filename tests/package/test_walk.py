@@ -143,12 +143,12 @@ FUNCTIONS = {
     ),
     "multilabel_cross_entropy": lambda z, t, keep: xj.multilabel_cross_entropy(z, p(z), where=keep),
     "binary_cross_entropy": lambda z, t, keep: xj.binary_cross_entropy(p(z), z > 0),
-    "top_k_targets": lambda z, t, keep: xj.top_k_targets(
-        z, 3, temperature=2.0, tail="background"
-    ).weights,
-    "teacher_targets": lambda z, t, keep: xj.teacher_targets(
-        best_classes(z), z[:, :3] - 8, tail="background"
-    ).weights,
+    "top_k_targets": lambda z, t, keep: (
+        xj.top_k_targets(z, 3, temperature=2.0, tail="background").weights
+    ),
+    "teacher_targets": lambda z, t, keep: (
+        xj.teacher_targets(best_classes(z), z[:, :3] - 8, tail="background").weights
+    ),
     "bucket_logits": lambda z, t, keep: xj.bucket_logits(z, best_classes(z)),
     "linear_bucket_logits": lambda z, t, keep: xj.linear_bucket_logits(
         z[:, :4], jnp.asarray(KERNEL, z.dtype), best_classes(z), memory_budget=0
