@@ -8,6 +8,7 @@ import mpmath
 import numpy as np
 import optax
 import pytest
+from cases import jit
 from jax.test_util import check_grads
 
 import xentjax
@@ -245,7 +246,7 @@ LOSSES = {
 def test_first_derivatives_in_every_mode(name, mode):
     loss, (to_z, to_t, *_), z = LOSSES[name]
     with jax.enable_x64(True):
-        got = jax.jit(MODES[mode](loss))(z, SOME)
+        got = jit(MODES[mode](loss))(z, SOME)
         np.testing.assert_allclose(got[0], to_z, rtol=1e-14, atol=1e-17)
         np.testing.assert_allclose(got[1], to_t, rtol=1e-14, atol=1e-17)
 
@@ -255,7 +256,7 @@ def test_first_derivatives_in_every_mode(name, mode):
 def test_second_derivatives_in_every_mode(name, mode):
     loss, (_, _, zz, zt, tt), z = LOSSES[name]
     with jax.enable_x64(True):
-        got = jax.jit(SECOND[mode](summed(loss)))(z, SOME)
+        got = jit(SECOND[mode](summed(loss)))(z, SOME)
         for i, j, want in [(0, 0, zz), (0, 1, zt), (1, 0, zt), (1, 1, tt)]:
             np.testing.assert_allclose(got[i][j], np.diag(want), rtol=1e-13, atol=1e-30)
 
@@ -277,7 +278,7 @@ def test_second_derivatives_in_a_loop(name, mode, loop):
         def total(z, t):
             return LOOPS[loop](loss, (z, t))
 
-        got = jax.jit(SECOND[mode](total))(z, SOME)
+        got = jit(SECOND[mode](total))(z, SOME)
         for i, j, want in [(0, 0, zz), (0, 1, zt), (1, 0, zt), (1, 1, tt)]:
             np.testing.assert_allclose(got[i][j], np.diag(want), rtol=1e-13, atol=1e-30)
 
@@ -425,7 +426,7 @@ def test_strict_settings(name, dtype, x64):
             def total(p, t, where):
                 return loss(p, t, where=where).sum()
 
-            value, gradient = jax.jit(jax.value_and_grad(total))(p, t, t)
+            value, gradient = jax.eval_shape(jax.value_and_grad(total), p, t, t)
             assert (value.dtype, gradient.dtype) == (jnp.float32, jnp.dtype(dtype))
             assert loss(p, t).dtype == jnp.float32
 
@@ -478,3 +479,145 @@ def test_nothing_of_the_logits_size_beside_arguments_and_results(loss, different
     function = jax.value_and_grad(mean) if differentiate else mean
     memory = jax.jit(function).lower(logits, logits).compile().memory_analysis()
     assert memory.temp_size_in_bytes <= 0.01 * logits.size * 4
+
+
+# Weights of yes and no, and the asymmetric loss.
+
+
+def exact_sides(z, t, shape_yes, shape_no):
+    """Returns t · shape_yes(softplus(−z)) + (1 − t) · shape_no(softplus(z)) as a function of z."""
+
+    def loss(z):
+        yes, no = MP.log1p(MP.exp(-z)), MP.log1p(MP.exp(z))
+        return t * shape_yes(yes) + (1 - t) * shape_no(no)
+
+    return loss(z), MP.diff(loss, z), MP.diff(loss, z, 2)
+
+
+def focal_of(gamma):
+    return lambda loss: (1 - MP.exp(-loss)) ** gamma * loss
+
+
+def with_margin(margin, gamma):
+    def shape(loss):
+        p_m = max(1 - MP.exp(-loss) - margin, MP.mpf(0))
+        return -(p_m**gamma) * MP.log(1 - p_m)
+
+    return shape
+
+
+SHAPED = {
+    "weights": (
+        functools.partial(xentjax.sigmoid_binary_cross_entropy, pos_weight=3.0, neg_weight=0.5),
+        lambda loss: 3 * loss,
+        lambda loss: loss / 2,
+    ),
+    "asymmetric": (
+        lambda z, t: xentjax.asymmetric_cross_entropy(z, t, 1.0, 4.0, 0.05),
+        focal_of(1),
+        with_margin(MP.mpf(float(np.float32(0.05))), 4),
+    ),
+    "asymmetric without a margin": (
+        lambda z, t: xentjax.asymmetric_cross_entropy(z, t, 0.0, 2.0, 0.0),
+        lambda loss: loss,
+        focal_of(2),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SHAPED)
+def test_shaped_losses_and_two_derivatives_are_exact(name):
+    function, yes, no = SHAPED[name]
+    z = np.tile(np.float32([-70, -20, -3.5, -1, 0, 0.5, 2, 15, 70]), 3)
+    t = np.repeat(np.float32([0, 1, 0.25]), 9)
+    slope = jax.grad(function)
+    got = jit(lambda z, t: [jax.vmap(f)(z, t) for f in (function, slope, jax.grad(slope))])(z, t)
+    for i in range(len(z)):
+        for actual, want in zip(got, exact_sides(exact(z[i]), exact(t[i]), yes, no), strict=True):
+            if abs(want) > 1e-36:
+                # At p near the margin, p − margin has the rounding of p.
+                bound = MP.mpf(4e-6) * abs(want) + MP.mpf(2e-7) * (name == "asymmetric") / 10
+                assert abs(exact(actual[i]) - want) <= bound, (z[i], t[i])
+
+
+def test_shaped_losses_of_certainty():
+    inf = np.inf
+    z, t = np.array([inf, -inf, inf, -inf], np.float32), np.array([1, 0, 0, 1], np.float32)
+    for name, (function, *_) in SHAPED.items():
+        losses, to_z = jit(jax.vmap(jax.value_and_grad(function)))(z, t)
+        np.testing.assert_array_equal(losses[:2], [0, 0])
+        assert losses[3] == inf
+        assert np.isinf(losses[2]) == (name != "asymmetric")  # The margin bounds what a no costs.
+        assert np.isfinite(to_z).all()
+        np.testing.assert_array_equal(to_z[:2], [0, 0])
+
+
+@pytest.mark.parametrize("mode", ["jacrev of jacrev", "jacfwd of jacfwd"])
+def test_second_derivatives_of_shaped_losses_in_a_loop(mode):
+    """In float64, beside the plain formulas outside of a loop."""
+    z, t = np.array([-2.0, 0.3, 1.5]), np.array([1.0, 0.0, 0.4])
+
+    def ours(z, t):
+        weighted, asymmetric = SHAPED["weights"][0], SHAPED["asymmetric"][0]
+        return LOOPS["map"](lambda *x: weighted(*x) + asymmetric(*x), (z, t))
+
+    def plain(z, t):
+        p = jax.nn.sigmoid(z)
+        p_m = jnp.maximum(p - 0.05, 0)
+        yes = -jnp.log(p) * (3 + (1 - p))
+        no = -jnp.log(1 - p) / 2 - p_m**4 * jnp.log(1 - p_m)
+        return (t * yes + (1 - t) * no).sum()
+
+    with jax.enable_x64(True):
+        got, want = (jit(SECOND[mode](f))(z, t) for f in (ours, plain))
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-13), got, want
+        )
+
+
+def test_weights_are_one_for_all_one_for_each_label_or_one_for_each_element():
+    rng = np.random.default_rng(8)
+    z, t = rng.normal(size=(2, 3, 4)).astype("f"), rng.integers(0, 2, (2, 3, 4))
+    each = rng.random(z.shape).astype("f")
+    yes = np.where(t == 1, xentjax.sigmoid_binary_cross_entropy(z, t), 0)
+    no = np.where(t == 0, xentjax.sigmoid_binary_cross_entropy(z, t), 0)
+    for weight in (np.float32(2), each[0, 0], each):
+        got = xentjax.sigmoid_binary_cross_entropy(z, t, pos_weight=weight)
+        np.testing.assert_allclose(got, weight * yes + no, rtol=1e-6)
+        got = xentjax.sigmoid_binary_cross_entropy(z, t, neg_weight=weight)
+        np.testing.assert_allclose(got, yes + weight * no, rtol=1e-6)
+    labels = each[0, :, 0]  # Of axis 1.
+    got = xentjax.multilabel_cross_entropy(z, t, axis=1, pos_weight=labels)
+    np.testing.assert_allclose(got, (labels[:, None] * yes + no).sum(1), rtol=1e-6)
+    got = xentjax.multilabel_cross_entropy(z, t, axis=(2, 1), pos_weight=each[0].T)
+    np.testing.assert_allclose(got, (each[0] * yes + no).sum((1, 2)), rtol=1e-6)
+
+
+def test_smoothing_of_yes_and_no_and_of_classes_are_told_apart():
+    t = jnp.array([[1.0, 0.0, 1.0], [0.0, 1.0, 0.0]])
+    np.testing.assert_allclose(xentjax.smooth_binary_labels(t, 0.2), 0.8 * t + 0.1, rtol=1e-6)
+    np.testing.assert_array_equal(
+        xentjax.smooth_binary_labels(t == 1, 0.2), xentjax.smooth_binary_labels(t, 0.2)
+    )
+    with pytest.raises(TypeError, match="smooth_binary_labels is for yes or no"):
+        xentjax.smooth_labels(t == 1, 0.2)
+    with pytest.raises(TypeError, match="smooth_binary_labels for yes or no"):
+        xentjax.sigmoid_binary_cross_entropy(t, xentjax.smooth_labels(t.astype(int), 0.2))
+    with xentjax.value_checks():
+        with pytest.raises(ValueError, match=r"smooth_binary_labels.* got 2.* at position \[0\]"):
+            xentjax.smooth_labels(t, 0.2)
+        xentjax.smooth_labels(t[1:], 0.2)
+        with pytest.raises(ValueError, match=r"values in \[0, 1\], got 7"):
+            xentjax.smooth_binary_labels(jnp.array([1, 7]), 0.2)
+
+
+def test_class_balanced_weights():
+    counts = np.array([900, 100, 0, 10])
+    effective = (1 - 0.9999 ** np.array([900.0, 100, 10])) / (1 - 0.9999)
+    want = 3 / effective / (1 / effective).sum()
+    got = xentjax.class_balanced_weights(counts, 0.9999)
+    np.testing.assert_allclose(got, [want[0], want[1], 0, want[2]], rtol=1e-6)
+    np.testing.assert_allclose(
+        xentjax.class_balanced_weights(counts[:2], 1.0), [0.2, 1.8], rtol=1e-6
+    )
+    np.testing.assert_array_equal(xentjax.class_balanced_weights(counts, 0.0), [1, 1, 0, 1])
