@@ -9,6 +9,7 @@ import functools
 import itertools
 import platform
 import sys
+import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -649,8 +650,8 @@ def number(x: float) -> str:
     if not np.isfinite(x):
         return "∞"
     if x >= 1e4:
-        power = int(np.floor(np.log10(x)))
-        return f"{x / 10.0**power:.0f}e{power}"
+        digit, power = f"{x:.0e}".split("e")
+        return f"{digit}e{int(power)}"
     return f"{x:.1f}" if x < 100 else f"{x:.0f}"
 
 
@@ -658,9 +659,6 @@ def cell(found: Errors) -> str:
     highest, most = found.ulps.max(), np.percentile(found.ulps, 99, method="lower")
     return f"{number(highest)} ({number(most)})"
 
-
-CONTRACT_ULPS = 1e-6 * 2**23
-"""What the contract allows in float32, in ulps, where no subtraction costs more."""
 
 ROUNDING = {"bfloat16": 2.0**-8, "float16": 2.0**-11}
 """Half an ulp, relative, of the narrow dtypes: what rounding a gradient to them costs."""
@@ -710,11 +708,18 @@ def comparisons(found: Sequence[Measured], other: str = "optax") -> list[Compari
 def comparison_text(found: Sequence[Measured]) -> str:
     every = comparisons(found)
     above = [c for c in every if c.ours > c.other]
-    excess = max((c.ours - c.other for c in above), default=0)
+    worst = max(above, key=lambda c: c.ours - c.other)
+    inside = [c for c in above if "kl_divergence" not in c.where]
+    excess = max(c.ours - c.other for c in inside)
     share = sum(c.other > 2 * c.ours for c in every)
-    return (
-        f"optax has {len(every)} of these largest errors too: {len(above)} are smaller there, by "
-        f"at most {excess:.1f} ulps, and {share} are more than twice as large there."
+    return textwrap.fill(
+        f"optax has {len(every)} of the largest errors below too. {share} of them are more than "
+        f"twice as large there. {len(above)} are smaller there: by at most {excess:.1f} ulps, but "
+        "for the gradient of the divergence between predictions that are far apart, where the "
+        f"largest difference is that of {worst.ours:.0f} and {worst.other:.0f} ulps "
+        f"({worst.where}). The entropy's errors of 1e7 ulps are those of entropies near 1e-37, "
+        "made of an exponential that is below the smallest normal number.",
+        98,
     )
 
 
@@ -748,13 +753,12 @@ of 10 classes, 8 of 1000, 1 of 131072.
 The contract: the relative error of a softmax cross-entropy, and of each entry of its gradient, is
 at most 1e-6 in float32 (8.4 ulps; as many in float64), or half an ulp of the largest m − z_v
 whose exponential is not 0, whichever is larger; a gradient in bfloat16 or float16 is rounded once
-more. `make prove` measures again, and fails where that does not hold, or where xentjax is worse
-than optax and also beyond that bound.
+more. `make prove` measures again, and fails where that does not hold.
 
 {comparison}
 
-Measured by `python tests/prove/accuracy.py docs/accuracy.md` with {versions}, on the CPU
-({machine}).
+Measured by `python tests/prove/accuracy.py docs/accuracy.md` on the CPU ({machine}), with
+{versions}.
 """
 
 
