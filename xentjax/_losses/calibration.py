@@ -31,7 +31,7 @@ class ReliabilityBins(NamedTuple):
       correct: How many of their predictions are right, float[B].
     """
 
-    count: Float[Array, " b"]
+    count: Float[Array, " b"]  # pyright: ignore[reportIncompatibleMethodOverride]
     confidence: Float[Array, " b"]
     correct: Float[Array, " b"]
 

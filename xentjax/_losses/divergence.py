@@ -134,7 +134,8 @@ class JSOfLogits(Rule):
     beta: float
 
     def reference(self, *args):
-        parts = _js_parts(*args, self.axes, self.beta)
+        p_logits, q_logits = args
+        parts = _js_parts(p_logits, q_logits, self.axes, self.beta)
         of_p = self.beta * kl_excess(parts.p, parts.m, parts.log_p_over_m)
         of_q = (1 - self.beta) * kl_excess(parts.q, parts.m, parts.log_q_over_m)
         return jnp.sum(of_p + of_q, axis=self.axes)
@@ -145,7 +146,8 @@ class JSOfLogits(Rule):
 
     def backward(self, backend, needs_grad, args, summary, cotangents):
         del backend, needs_grad, summary
-        parts = _js_parts(*args, self.axes, self.beta)
+        p_logits, q_logits = args
+        parts = _js_parts(p_logits, q_logits, self.axes, self.beta)
         cotangent = jnp.expand_dims(cotangents, self.axes)
 
         def slope(share, p, ratio):

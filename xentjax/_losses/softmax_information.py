@@ -203,8 +203,9 @@ def _divergence(rule, p_logits, q_logits, axis, where, base):
         where = checks.as_mask(where, batch, p_logits.shape, "classes")
     if value_checks.are_on():
         for name, z in (("p_logits", p_logits), ("q_logits", q_logits)):
-            is_of_classes = where is not None and where.shape == z.shape
-            kept = arguments.classes_last(where, axes) if is_of_classes else where
+            kept = where
+            if where is not None and where.shape == z.shape:
+                kept = arguments.classes_last(where, axes)
             value_checks.check_logits(arguments.classes_last(z, axes), kept, name)
     return arguments.in_base(_divergences(p_logits, q_logits, where, rule(axes), dtype), base)
 
