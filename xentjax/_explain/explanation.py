@@ -11,8 +11,6 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import ArrayLike
 
-from xentjax._explain.html import as_html
-from xentjax._explain.report import report
 from xentjax._jax import checks
 from xentjax._losses.information import surprisal
 from xentjax._losses.sigmoid import sigmoid_binary_cross_entropy
@@ -131,12 +129,16 @@ class Explanation:
 
     def __str__(self) -> str:
         """Returns the table of each example and its links in words, as wide as the terminal."""
+        from xentjax._explain.report import report  # noqa: PLC0415  Most scripts print none.
+
         return report(self)
 
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
         """Returns a table with bars, which Jupyter shows."""
+        from xentjax._explain.html import as_html  # noqa: PLC0415  Most scripts show none.
+
         return as_html(self)
 
     def plot(self, ax: "Axes | None" = None) -> "Axes":
