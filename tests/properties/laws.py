@@ -15,19 +15,14 @@ from cases import jit
 from hypothesis import strategies as st
 
 import xentjax
-from xentjax._softmax import plan
+from xentjax._softmax import passes
 
 ROWS, CLASSES = 4, 6
 FORMS = ("labels", "dense", "smoothed", "prior", "mixed", "weighted", "teacher", "two backgrounds")
 BACKENDS = {
     "portable": {"FORCED": "portable"},
-    "cpu": {"FORCED": "cpu", "MIN_CPU_LOGITS": 1},
-    "cpu in blocks": {
-        "FORCED": "cpu",
-        "MIN_CPU_LOGITS": 1,
-        "MAX_WHOLE_LOGITS": 1,
-        "ROW_BLOCK_BYTES": 3 * 4 * CLASSES,  # Three rows, or one.
-    },
+    "cpu": {"FORCED": "cpu"},
+    "cpu in windows": {"FORCED": "cpu", "MAX_WHOLE_SUM": 1, "WINDOW": 4, "MAX_KEPT_WIDE": 1},
 }
 
 
@@ -141,14 +136,14 @@ def answer(form: str, draw: Draw, where: Any = None) -> Answer:
 @contextlib.contextmanager
 def backend(name):
     """Chooses the code that logits of these small sizes take."""
-    old = {key: getattr(plan, key) for key in BACKENDS[name]}
+    old = {key: getattr(passes, key) for key in BACKENDS[name]}
     try:
         for key, value in BACKENDS[name].items():
-            setattr(plan, key, value)
+            setattr(passes, key, value)
         yield
     finally:
         for key, value in old.items():
-            setattr(plan, key, value)
+            setattr(passes, key, value)
 
 
 EXAMPLE = make_draw(0, 4, sparse=False)

@@ -304,7 +304,7 @@ def a_prior_that_is_uniform_is_the_uniform_background(run, draw):
     assert_same(answers["two backgrounds"], answers["smoothed"], draw)
 
 
-@pytest.mark.parametrize("backend", ["portable", "cpu in blocks"])
+@pytest.mark.parametrize("backend", ["portable", "cpu in windows"])
 @pytest.mark.parametrize("name", LAWS)
 def test_law(name, backend):
     check(name, backend, examples=5)
@@ -334,7 +334,7 @@ def check(name, backend, examples):
     on_draws()
 
 
-@pytest.mark.parametrize("backend", ["portable", "cpu in blocks"])
+@pytest.mark.parametrize("backend", ["portable", "cpu in windows"])
 def test_masked_examples_are_as_good_as_removed(backend):
     """Of an example that is masked out everything is 0; the others have what they have alone."""
 

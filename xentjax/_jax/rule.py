@@ -39,7 +39,8 @@ class Rule:
     array: whether its derivative is asked for.
 
     Attributes:
-      reference: (*args) -> the outputs by a plain formula, which is right to differentiate.
+      reference: (*args) -> the outputs, an array or a tuple of several, by a plain formula, which
+        is right to differentiate.
       forward: (backend, needs_grad, *args) -> (outputs, summary for `backward`). The summary of a
         value alone may be anything.
       backward: (backend, needs_grad, args, summary, cotangents) -> the cotangents of args, trees
@@ -59,7 +60,8 @@ def apply(rule: Rule, *args: Any) -> Any:
     leaves, treedef = jax.tree.flatten(args)
     leaves = [jax.lax.convert_element_type(x, x.dtype) for x in leaves]  # No weak types.
     call = _Call(rule, treedef, (False,) * len(leaves))
-    return jax.tree.unflatten(call.output_def(leaves), call.forward(leaves)[0])
+    out, _ = call.forward(leaves)
+    return tuple(out) if len(out) > 1 else out[0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +90,8 @@ class _Call:
     def forward(self, leaves: Sequence[Any]) -> tuple[list[Any], list[Any]]:
         """Returns (outputs, summary)."""
         out = _forward_p.bind(*leaves, call=self)
+        if not any(self.needs_grad):
+            return out, []
         count = self.output_def(leaves).num_leaves
         return out[:count], out[count:]
 
@@ -106,8 +110,7 @@ class _Call:
         if self.maps:
             function = functools.partial(self._inside().evaluate_forward, backend=backend)
             return self._vmap(function, list(self.maps[0].axes))(list(leaves))
-        out, summary = self.rule.forward(backend, self._tree(self.needs_grad), *self._tree(leaves))
-        return jax.tree.leaves((out, summary if any(self.needs_grad) else ()))
+        return _code(self, backend)(*leaves)
 
     def derivative(self, leaves: Sequence[Any], tangents: Sequence[Any]) -> list[Any]:
         """Returns J · tangents by the plain formula."""
@@ -218,22 +221,32 @@ def _type_of(x):
 
 
 @functools.lru_cache(maxsize=1024)
-def _signature(call: _Call, avals: tuple[Any, ...]) -> tuple[Any, Any, tuple[Any, ...]]:
-    trees = []
-    inner = dataclasses.replace(call, maps=())
+def _code(call: _Call, backend: Backend) -> Callable[..., list[Any]]:
+    """Returns the fast code of a call without maps, which JAX traces once for types and for use.
 
-    def function(leaves):
+    Its attribute `trees` are the trees of the outputs and of the summary, once it is traced.
+    """
+
+    @functools.partial(jax.jit, inline=True)
+    def traced(*leaves):
         args = jax.tree.unflatten(call.treedef, leaves)
-        flags = inner._tree(call.needs_grad)
-        out, summary = call.rule.forward("portable", flags, *args)
+        flags = jax.tree.unflatten(call.treedef, call.needs_grad)
+        out, summary = call.rule.forward(backend, flags, *args)
         summary = summary if any(call.needs_grad) else ()
         trees[:] = jax.tree.structure(out), jax.tree.structure(summary)
         return jax.tree.leaves((out, summary))
 
-    for map_ in reversed(call.maps):
-        function = jax.vmap(function, in_axes=(list(map_.axes),), axis_size=map_.size)
+    trees = []
+    traced.trees = trees
+    return traced
+
+
+@functools.lru_cache(maxsize=1024)
+def _signature(call: _Call, avals: tuple[Any, ...]) -> tuple[Any, Any, tuple[Any, ...]]:
+    backend = "cpu" if jax.default_backend() == "cpu" else "portable"
+    function = functools.partial(call.evaluate_forward, backend=backend)
     out = tuple(jax.make_jaxpr(function)(list(avals)).out_avals)
-    return *trees, out
+    return *_code(dataclasses.replace(call, maps=()), backend).trees, out
 
 
 def _primitive(

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from xentjax._jax import mesh as meshes
 from xentjax._jax.dtypes import wide
 from xentjax._jax.rule import Rule
-from xentjax._softmax import partial, plan, reference
-from xentjax._targets.mass import Mass, times
+from xentjax._softmax import partial, passes, reference
+from xentjax._targets.mass import Mass
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,14 +39,14 @@ class CrossEntropy(Rule):
 
     def forward(self, backend, needs_grad, logits, mass, mask):
         with_gradient = any(jax.tree.leaves(needs_grad))
-        whole = plan.summarise(logits, mass, with_gradient, backend)
+        whole = passes.summarise(logits, mass, with_gradient, backend)
         if self.with_stats:
             whole = partial.with_entropy(whole, logits)
         if self.axes:
             whole = partial.merge_over(whole, self.axes)
         out = whole.loss, whole.log_normalizer
         if self.with_stats:
-            out = *out, whole.entropy, partial.finite(whole.max_logit), jnp.log1p(whole.rest)
+            out = *out, whole.entropy, whole.max_logit, whole.leader_surprisal
         return masked(out, mask), whole
 
     def backward(self, backend, needs_grad, args, summary, cotangents):
@@ -54,7 +54,7 @@ class CrossEntropy(Rule):
         of_loss, of_lse, *of_stats = masked(cotangents, mask)
         of_logits, of_mass = logits, mass
         if needs_grad[0]:
-            of_logits = plan.gradient(whole, logits, mass, of_loss, of_lse, backend)
+            of_logits = passes.gradient(whole, logits, mass, of_loss, of_lse, backend)
             if self.with_stats:
                 of_logits = of_logits + partial.entropy_gradient(whole, logits, of_stats[0])
             of_logits = masked(of_logits, mask)
@@ -82,9 +82,7 @@ def mass_cotangent(
     z = wide(logits)
 
     def loss(mass):
-        return mass.excess(z, partial.finite(whole.max_logit)) + mass.total() * jnp.log1p(
-            whole.rest
-        )
+        return mass.excess(z, whole.max_logit) + mass.total() * whole.leader_surprisal
 
     own = meshes.varying(loss_cotangent, meshes.varying_axes((logits, mass)))
     return jax.vjp(loss, mass)[1](own)[0]
@@ -98,26 +96,13 @@ class Entropy(Rule):
         return reference.entropy(logits)
 
     def forward(self, backend, needs_grad, logits):
-        del backend, needs_grad
-        z = wide(logits)
-        m = jnp.max(z, axis=-1)
-        gaps = _gaps(z, m)
-        e = jnp.exp(-gaps)
-        below = jnp.where(gaps > 0, e, jnp.zeros_like(e)).sum(-1)
-        total = e.sum(-1)
-        rest = jnp.where(total < 2, below, total - 1)
-        mean_gap = times(e, gaps).sum(-1) / (1 + rest)
-        return jnp.log1p(rest) + mean_gap, (m, rest, mean_gap)
+        del needs_grad
+        m, rest = passes.leader_and_rest(logits, backend)
+        no_mass = jnp.zeros_like(m)
+        whole = partial.PartialSoftmax(m, rest, no_mass, None, no_mass)
+        whole = partial.with_entropy(whole, logits)
+        return whole.entropy, whole
 
     def backward(self, backend, needs_grad, args, summary, cotangents):
-        """∂H/∂z_v = p_v · ((lse(z) − z_v) − H) = p_v · ((m − z_v) − Σ_w p_w · (m − z_w))."""
         del backend, needs_grad
-        (logits,), (m, rest, mean_gap) = args, summary
-        gaps = _gaps(wide(logits), m)
-        p = jnp.exp(-gaps) / (1 + rest)[..., None]
-        return (cotangents[..., None] * times(p, gaps - mean_gap[..., None]),)
-
-
-def _gaps(z, m):
-    """Returns m − z_v, [..., V]."""
-    return partial.finite(m)[..., None] - z
+        return (partial.entropy_gradient(summary, *args, cotangents),)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from xentjax._jax.dtypes import wide_dtype
 from xentjax._jax.rule import Backend
-from xentjax._softmax import partial, plan
+from xentjax._softmax import partial, passes
 from xentjax._softmax.head_plan import HeadPlan
 from xentjax._softmax.partial import PartialSoftmax
 from xentjax._targets.mass import Mass, map_examples
@@ -118,7 +118,7 @@ class TokenGradient(NamedTuple):
     def of_logits(self, logits: jax.Array, mass: Mass, backend: Backend) -> jax.Array:
         """Returns the cotangent of the logits of some classes, under the mass on them."""
         cotangents = self.loss_cotangent, self.lse_cotangent
-        entries = plan.gradient(self.whole, logits, mass, *cotangents, backend)
+        entries = passes.gradient(self.whole, logits, mass, *cotangents, backend, False)
         if self.entropy_cotangent is None:
             return entries
         return entries + partial.entropy_gradient(self.whole, logits, self.entropy_cotangent)

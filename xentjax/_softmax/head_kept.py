@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from xentjax._jax.rule import Backend, Rule
 from xentjax._softmax import head_blocks as blocks
 from xentjax._softmax import head_recomputed as recomputed
-from xentjax._softmax import head_reference, partial, plan
+from xentjax._softmax import head_reference, partial, passes
 from xentjax._softmax import head_teacher as teacher
 from xentjax._softmax.cross_entropy import masked
 from xentjax._softmax.head_blocks import Head, Params, TokenGradient
@@ -139,7 +139,7 @@ def _forward_with_gradients(
             p = blocks.classes_of(head, params, start, size)
             raw, t_block = blocks.raw_logits(head, x, p), t.block(start, size)
             logits = blocks.transformed(head, raw, p)
-            new = plan.summarise(logits, t_block, True, backend)
+            new = passes.summarise(logits, t_block, True, backend, False)
             return blocks.put(kept, raw, start, 1), partial.merge(whole, new)
 
         nothing = partial.no_classes(blocks.zeros((length,), dtype, x), with_gradient=True)

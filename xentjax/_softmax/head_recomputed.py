@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from xentjax._jax import mesh as meshes
 from xentjax._jax.rule import Backend, Rule
 from xentjax._softmax import head_blocks as blocks
-from xentjax._softmax import head_reference, partial, plan
+from xentjax._softmax import head_reference, partial, passes
 from xentjax._softmax import head_teacher as teacher
 from xentjax._softmax.cross_entropy import masked
 from xentjax._softmax.head_blocks import Head, Params, TokenGradient
@@ -49,8 +49,8 @@ class HeadLosses(Rule):
         whole = summary.whole
         out = whole.loss, whole.log_normalizer
         if stats is not None:
-            gap = partial.finite(whole.max_logit) - stats.label_logit
-            out = (*out, whole.entropy, stats.prediction, gap + jnp.log1p(whole.rest))
+            gap = whole.max_logit - stats.label_logit
+            out = (*out, whole.entropy, stats.prediction, gap + whole.leader_surprisal)
         return masked(out, mask), summary
 
     def backward(self, backend, needs_grad, args, summary, cotangents):
@@ -115,7 +115,7 @@ def summarise(
             whole, stats, top = carry
             logits = blocks.logits_of(head, x, blocks.classes_of(head, params, start, size))
             t_block, top, whole = teacher.block_under(t, start, size, top, whole)
-            new = plan.summarise(logits, t_block, with_gradient, backend)
+            new = passes.summarise(logits, t_block, with_gradient, backend, False)
             if stats is not None:
                 new = partial.with_entropy(new, logits)
                 stats = _merge_stats(stats, whole.max_logit, logits, label, start)
@@ -219,8 +219,8 @@ def _mass_cotangent(head, args, tokens):
     def losses(mass):
         def on_tokens(first, length, losses):
             x, t, whole = blocks.tokens_of((inputs, mass, tokens.whole), first, length)
-            top = partial.finite(whole.max_logit)
-            top = top + jnp.log1p(whole.rest) - whole.loss if is_teacher else top
+            top = whole.max_logit
+            top = top + whole.leader_surprisal - whole.loss if is_teacher else top
 
             def on_classes(start, size, total):
                 z = blocks.logits_of(head, x, blocks.classes_of(head, params, start, size))
@@ -228,7 +228,7 @@ def _mass_cotangent(head, args, tokens):
 
             excess = blocks.for_each(num_classes, head.plan.classes, on_classes, nothing[:length])
             if not is_teacher:
-                excess = excess + t.total() * jnp.log1p(whole.rest)
+                excess = excess + t.total() * whole.leader_surprisal
             return blocks.put(losses, excess, first)
 
         mass = teacher.knowing(mass, log_normalizer)

@@ -16,7 +16,11 @@ all sums of non-negative terms. Once all classes are in it,
     ∂loss/∂t_v = (m − z_v) + log1p(rest)
 
 A confident prediction stays exact: log1p(rest) and rest / (1 + rest) have full relative precision
-where lse − z_y and p_y − 1 cancel to nothing. Where no p is above 1/2, nothing cancels.
+where lse − z_y and p_y − 1 cancel to nothing. Where no p is above 1/2, nothing cancels. The normal
+numbers of float32 end at e⁻⁸⁷: a class that much less likely than the leader has probability 0.
+
+Where no class is possible, because all logits are −inf, m is the lowest finite number and the rest
+is −1, so that Σ_v exp(z_v − m) = 1 + rest = 0 there.
 """
 
 from collections.abc import Hashable
@@ -28,29 +32,26 @@ import jax.numpy as jnp
 from xentjax._jax.dtypes import wide
 from xentjax._targets.mass import times
 
-LIFT = 2.0**30
-"""Sums of exponentials are kept so many times as large: float32 ends at e⁻⁸⁷, and a loss of e⁻⁸⁰ is
-made of terms as small as e⁻⁹⁴."""
-
 
 class PartialSoftmax(NamedTuple):
     """What some classes tell of the softmax; every field is [...].
 
-    `lifted_rest` is LIFT · rest, and `lifted_gaps` is LIFT · Σ_v exp(z_v − m) · (m − z_v).
-    `mass_of_rest` is None where no gradient is asked for, `lifted_gaps` where no entropy is.
+    `gaps` is Σ_v exp(z_v − m) · (m − z_v). `mass_of_rest` is None where no gradient is asked for,
+    and `gaps` where no entropy is. Where any class may be heavy, as of dense mass, the gradient
+    needs no mass of the rest, and it is 0.
     """
 
     max_logit: jax.Array
-    lifted_rest: jax.Array
+    rest: jax.Array
     mass: jax.Array
     mass_of_rest: jax.Array | None
     excess: jax.Array
-    lifted_gaps: jax.Array | None = None
+    gaps: jax.Array | None = None
 
     @property
-    def rest(self) -> jax.Array:
-        """Σ_{v≠a} exp(z_v − m)."""
-        return self.lifted_rest * (1 / LIFT)
+    def rest_or_zero(self) -> jax.Array:
+        """Σ_{v≠a} exp(z_v − m), and 0 where no class is possible."""
+        return jax.lax.select(self.rest < 0, jnp.zeros_like(self.rest), self.rest)
 
     @property
     def log_normalizer(self) -> jax.Array:
@@ -58,48 +59,49 @@ class PartialSoftmax(NamedTuple):
         return self.max_logit + jnp.log1p(self.rest)
 
     @property
+    def leader_surprisal(self) -> jax.Array:
+        """−log p_a = lse(z) − m."""
+        return jnp.log1p(self.rest_or_zero)
+
+    @property
     def loss(self) -> jax.Array:
         """Σ_v t_v · (lse(z) − z_v)."""
-        return self.excess + self.mass * jnp.log1p(self.rest)
+        return self.excess + self.mass * self.leader_surprisal
 
     @property
     def mean_gap(self) -> jax.Array:
         """Σ_v p_v · (m − z_v)."""
-        return cast(jax.Array, self.lifted_gaps) / (LIFT + self.lifted_rest)
+        return cast(jax.Array, self.gaps) / (1 + self.rest_or_zero)
 
     @property
     def entropy(self) -> jax.Array:
         """H(z) = Σ_v p_v · (lse(z) − z_v)."""
-        return jnp.log1p(self.rest) + self.mean_gap
+        return self.leader_surprisal + self.mean_gap
 
 
-def no_classes(
-    like: jax.Array, with_gradient: bool, with_entropy: bool = False
-) -> PartialSoftmax:
+def no_classes(like: jax.Array, with_gradient: bool, with_entropy: bool = False) -> PartialSoftmax:
     """Returns the PartialSoftmax of no classes at all; `like` are zeros [...]."""
     mass_of_rest, gaps = like if with_gradient else None, like if with_entropy else None
-    return PartialSoftmax(like - jnp.inf, like, like, mass_of_rest, like, gaps)
+    lowest = jnp.finfo(like.dtype).min
+    return PartialSoftmax(like + lowest, like - 1, like, mass_of_rest, like, gaps)
 
 
-def finite(max_logit: jax.Array) -> jax.Array:
-    """Returns m, or 0 where m is −inf."""
-    return jnp.where(max_logit == -jnp.inf, jnp.zeros_like(max_logit), max_logit)
+def finite(logit: jax.Array) -> jax.Array:
+    """Returns a logit, or 0 where it is −inf."""
+    return jax.lax.select(logit == -jnp.inf, jnp.zeros_like(logit), logit)
 
 
 def exponentials(logits: jax.Array, max_logit: jax.Array) -> jax.Array:
-    """Returns LIFT · exp(z_v − m), [..., V]; the leader's is LIFT itself.
-
-    It is a square, since exp(z_v − m) would underflow before it is lifted.
-    """
-    root = jnp.exp((logits - finite(max_logit)[..., None]) / 2) * LIFT**0.5
-    return root * root
+    """Returns exp(z_v − m), [..., V]; the leader's is 1."""
+    return jnp.exp(logits - max_logit[..., None])
 
 
 def with_entropy(part: PartialSoftmax, logits: jax.Array) -> PartialSoftmax:
     """Returns a PartialSoftmax of logits [..., V] that knows their entropy too."""
     z = wide(logits)
-    gaps = finite(part.max_logit)[..., None] - z
-    return part._replace(lifted_gaps=times(exponentials(z, part.max_logit), gaps).sum(-1))
+    gaps = part.max_logit[..., None] - z
+    finite_gaps = jnp.minimum(gaps, jnp.asarray(jnp.finfo(z.dtype).max, z.dtype))  # 0 · inf = 0.
+    return part._replace(gaps=(exponentials(z, part.max_logit) * finite_gaps).sum(-1))
 
 
 def merge(a: PartialSoftmax, b: PartialSoftmax) -> PartialSoftmax:
@@ -117,13 +119,12 @@ def merge_over(part: PartialSoftmax, axes: tuple[Hashable, ...]) -> PartialSoftm
     its own for the leader, and all but one of these are added to the rest.
     """
     m = jax.lax.pmax(part.max_logit, axes)
-    leads = (part.max_logit == m) & (m > -jnp.inf)
+    leads = part.max_logit == m
     # The place of the largest logit counts the leaders.
     summands = _seen_from(m, part, leads)._replace(max_logit=leads.astype(m.dtype))
     leaves, treedef = jax.tree.flatten(summands)
     total = jax.tree.unflatten(treedef, list(jax.lax.psum(jnp.stack(leaves), axes)))
-    rest = total.lifted_rest + LIFT * jnp.maximum(total.max_logit - 1, 0)
-    return total._replace(max_logit=m, lifted_rest=rest)
+    return total._replace(max_logit=m, rest=total.rest + (total.max_logit - 1))
 
 
 def _seen_from(m, part, leads):
@@ -131,23 +132,21 @@ def _seen_from(m, part, leads):
 
     The leader of a part that does not lead belongs to the rest.
     """
-    gap = finite(m) - part.max_logit
-    rest = jnp.where(leads, part.lifted_rest, (LIFT + part.lifted_rest) * jnp.exp(-gap))
+    gap = m - part.max_logit
+    shrink = jnp.exp(-gap)
+    rest = jax.lax.select(leads, part.rest, (1 + part.rest) * shrink)
     mass_of_rest = part.mass_of_rest
     if mass_of_rest is not None:
-        mass_of_rest = jnp.where(leads, mass_of_rest, part.mass)
-    gaps = part.lifted_gaps
+        mass_of_rest = jax.lax.select(leads, mass_of_rest, part.mass)
+    gaps = part.gaps
     if gaps is not None:
-        here = jnp.where(gap == jnp.inf, jnp.zeros_like(gap), gap)
-        seen = gaps + (LIFT + part.lifted_rest) * here
-        gaps = jnp.where(leads, gaps, seen * jnp.exp(-gap))
+        seen = gaps * shrink + times((1 + part.rest) * shrink, gap)
+        gaps = jax.lax.select(leads, gaps, seen)
     excess = part.excess + times(part.mass, gap)
     return PartialSoftmax(m, rest, part.mass, mass_of_rest, excess, gaps)
 
 
-def entropy_gradient(
-    whole: PartialSoftmax, logits: jax.Array, cotangent: jax.Array
-) -> jax.Array:
+def entropy_gradient(whole: PartialSoftmax, logits: jax.Array, cotangent: jax.Array) -> jax.Array:
     """Returns cotangent · ∂H/∂z_v = cotangent · p_v · ((m − z_v) − Σ_w p_w · (m − z_w)), [..., V].
 
     Args:
@@ -156,8 +155,8 @@ def entropy_gradient(
       cotangent: [...].
     """
     z = wide(logits)
-    gaps = finite(whole.max_logit)[..., None] - z
-    per_exponential = cotangent / (LIFT + whole.lifted_rest)
+    gaps = whole.max_logit[..., None] - z
+    per_exponential = cotangent / (1 + whole.rest_or_zero)
     p = per_exponential[..., None] * exponentials(z, whole.max_logit)
     return times(p, gaps - whole.mean_gap[..., None]).astype(logits.dtype)
 
@@ -165,13 +164,15 @@ def entropy_gradient(
 class GradientTerms(NamedTuple):
     """What an entry of the gradient needs to know of its example; every field is [...].
 
-    An entry is per_exponential · exponential − loss_cotangent · t_v. That of the leader is
-    `leader_entry` where `leader_is_heavy`, p_a > 1/2.
+    An entry is per_exponential · exponential − loss_cotangent · t_v. Where `leader_is_heavy`, which
+    is p_a > 1/2, that of the leader is loss_cotangent · Σ_{v≠a} t_v + of_leader. `mass` is
+    loss_cotangent · Σ_v t_v.
     """
 
     loss_cotangent: jax.Array
+    mass: jax.Array
     per_exponential: jax.Array
-    leader_entry: jax.Array
+    of_leader: jax.Array
     leader_is_heavy: jax.Array
 
 
@@ -179,14 +180,15 @@ def gradient_terms(
     whole: PartialSoftmax, loss_cotangent: jax.Array, lse_cotangent: jax.Array
 ) -> GradientTerms:
     """Returns the terms of loss_cotangent · ∂loss/∂z + lse_cotangent · ∂lse/∂z."""
-    p_of_leader = 1 / (1 + whole.rest)
-    of_mass = scaled(loss_cotangent, whole.mass)
-    of_rest = scaled(loss_cotangent, cast(jax.Array, whole.mass_of_rest))
+    rest = whole.rest_or_zero
+    p_of_leader = 1 / (1 + rest)
+    mass = scaled(loss_cotangent, whole.mass)
     return GradientTerms(
         loss_cotangent,
-        (of_mass + lse_cotangent) * (p_of_leader * (1 / LIFT)),
-        of_rest - of_mass * (whole.rest * p_of_leader) + lse_cotangent * p_of_leader,
-        (whole.rest < 1) & (whole.max_logit > -jnp.inf),
+        mass,
+        (mass + lse_cotangent) * p_of_leader,
+        lse_cotangent * p_of_leader - mass * (rest * p_of_leader),
+        (whole.rest >= 0) & (whole.rest < 1),
     )
 
 

@@ -34,8 +34,43 @@ def times(mass: jax.Array, cost: jax.Array) -> jax.Array:
     return mass * jnp.where((mass == 0) & jnp.isposinf(cost), jnp.zeros_like(cost), cost)
 
 
+def sum_of_costs(mass: jax.Array, gaps: jax.Array, add: SumOverClasses) -> jax.Array:
+    """Returns Σ_v mass_v · gaps_v with 0 · inf = 0, [...], by arithmetic alone; gaps_v ≥ 0.
+
+    It is not made to be differentiated. An infinite gap counts as the largest finite number, and
+    makes the sum infinite where there is mass on it.
+    """
+    largest = jnp.asarray(jnp.finfo(gaps.dtype).max, gaps.dtype)
+    is_infinite = jnp.maximum(gaps - largest, 0)  # inf or 0.
+    missed = jnp.minimum(mass * largest, is_infinite) * largest  # inf or 0.
+    return add(mass * jnp.minimum(gaps, largest) + missed)
+
+
+def zero_at_class(classes: jax.Array, x: jax.Array) -> jax.Array:
+    """Returns x [..., V], numbers in [0, 1], with 0 for one class c of each example.
+
+    It is min(|v − c|, x_v): arithmetic, and no choice.
+    """
+    num_classes = x.shape[-1]
+    if num_classes > 1 / jnp.finfo(x.dtype).eps:  # They are not told apart as floats.
+        return jnp.where(is_class(classes, x), jnp.zeros_like(x), x)
+    v = jax.lax.broadcasted_iota(x.dtype, (1,) * (x.ndim - 1) + (num_classes,), x.ndim - 1)
+    return jnp.minimum(jnp.abs(v - classes.astype(x.dtype)[..., None]), x)
+
+
+def zero_at_0(differences: jax.Array, x: jax.Array) -> jax.Array:
+    """Returns x [..., V], numbers in [0, 1], with 0 where a difference ≤ 0 is 0.
+
+    It is min(−2¹²⁷ · difference_v, x_v): arithmetic, and no choice.
+    """
+    return jnp.minimum(differences * jnp.asarray(-(2.0**127), x.dtype), x)
+
+
 def at_classes(x: jax.Array, classes: jax.Array) -> jax.Array:
     """Returns x[..., classes_j], [..., J], of x [..., V]; the classes must be valid."""
+    if x.dtype.itemsize < 4:
+        # XLA's CPU compiler (jaxlib 0.10.2) converts x to float32, alone here and not for all.
+        x = jax.lax.optimization_barrier(x)
     batch = tuple(range(x.ndim - 1))
     numbers = jax.lax.GatherDimensionNumbers(
         offset_dims=(),
@@ -79,18 +114,19 @@ class DenseMass:
         self,
         logits: jax.Array,
         top: jax.Array,
-        add: SumOverClasses = sum_over_classes,
+        add: SumOverClasses | None = None,
         without: jax.Array | None = None,
     ) -> jax.Array:
-        """Returns Σ_v t_v · (top − z_v), [...], with 0 · inf = 0; one class may be left out."""
-        masses = self.masses
+        """Returns Σ_v t_v · (top − z_v), [...], with 0 · inf = 0; one class may be left out.
+
+        With `add`, a backend's sum, top is the largest logit, and no derivative is taken.
+        """
+        masses, gaps = self.masses, top[..., None] - logits.astype(top.dtype)
+        if add is not None:
+            return sum_of_costs(masses, gaps, add)
         if without is not None:
             masses = jnp.where(is_class(without, masses), jnp.zeros_like(masses), masses)
-        return add(times(masses, top[..., None] - logits))
-
-    def below(self, logits: jax.Array, top: jax.Array) -> jax.Array:
-        """Returns Σ_{v: z_v < top} t_v, [...]."""
-        return _where_below(self.masses, logits, top)
+        return times(masses, gaps).sum(-1)
 
     def density(self) -> jax.Array:
         """Returns the mass on each class, [..., V]."""
@@ -158,10 +194,10 @@ class SparseMass:
         self,
         logits: jax.Array,
         top: jax.Array,
-        add: SumOverClasses = sum_over_classes,
+        add: SumOverClasses | None = None,
         without: jax.Array | None = None,
     ) -> jax.Array:
-        """Returns Σ_v t_v · (top − z_v), [...], with 0 · inf = 0; one class may be left out."""
+        """Returns Σ_v t_v · (top − z_v), [...], as that of dense mass."""
         picked, weights = at_classes(logits, self.indices).astype(top.dtype), self.weights
         if without is not None:
             is_left_out = self.indices == without[..., None]
@@ -173,17 +209,13 @@ class SparseMass:
         if without is not None:
             gaps = jnp.where(is_class(without, gaps), jnp.zeros_like(gaps), gaps)
         if self.prior is None:
-            return total + times(self._uniform(1), add(gaps))
+            return total + times(self._uniform(1), (add or sum_over_classes)(gaps))
+        if add is not None:
+            return total + sum_of_costs(cast(jax.Array, self.density()), gaps, add)
         for b in range(self.prior.shape[0]):
-            cost = add(times(jnp.broadcast_to(self._of_batch(self.prior[b]), gaps.shape), gaps))
-            total = total + times(self.background_mass[..., b], cost)
+            prior = jnp.broadcast_to(self._of_batch(self.prior[b]), gaps.shape)
+            total = total + times(self.background_mass[..., b], times(prior, gaps).sum(-1))
         return total
-
-    def below(self, logits: jax.Array, top: jax.Array) -> jax.Array:
-        """Returns Σ_{v: z_v < top} t_v, [...]."""
-        picked = at_classes(logits, self.indices).astype(top.dtype)
-        total, density = _where_below(self.weights, picked, top), self.density()
-        return total if density is None else total + _where_below(density, logits, top)
 
     def density(self) -> jax.Array | None:
         """Returns the background's mass on each class: [..., V], [..., 1] if uniform, or None."""
@@ -294,10 +326,6 @@ def only_points_are_heavy(mass: Mass) -> TypeGuard[SparseMass]:
     return isinstance(mass, SparseMass) and mass.prior is None
 
 
-def _where_below(mass, logits, top):
-    return jnp.where(logits < top[..., None], mass, jnp.zeros_like(mass)).sum(-1)
-
-
 def mass_of(
     targets: jax.Array | SparseTargets,
     num_classes: int,
@@ -343,13 +371,33 @@ def label_mass(labels: jax.Array, num_classes: int, dtype: jax.typing.DTypeLike)
 
 def add_at(x: jax.Array, classes: jax.Array, values: jax.Array) -> jax.Array:
     """Returns x [..., V] with values_j added at classes_j, [..., J], in place if it can be."""
-    return x.at[rows_and(classes)].add(values, mode="promise_in_bounds")
+    return jax.lax.scatter_add(
+        x, classes[..., None], values, _scattered(x), mode="promise_in_bounds"
+    )
 
 
 def set_at(x: jax.Array, classes: jax.Array, values: jax.Array) -> jax.Array:
-    """Returns x [..., V] with one class of each example set to a value, [...]."""
-    where = rows_and(classes[..., None])
-    return x.at[where].set(values[..., None], mode="promise_in_bounds", unique_indices=True)
+    """Returns x [..., V] with one class of each example set to a value, [...], in place."""
+    return jax.lax.scatter(
+        x,
+        classes[..., None, None],
+        values[..., None],
+        _scattered(x),
+        unique_indices=True,
+        mode="promise_in_bounds",
+    )
+
+
+def _scattered(x):
+    """Returns the numbers by which classes [..., J, 1] scatter values [..., J] to x [..., V]."""
+    batch = tuple(range(x.ndim - 1))
+    return jax.lax.ScatterDimensionNumbers(
+        update_window_dims=(),
+        inserted_window_dims=(x.ndim - 1,),
+        scatter_dims_to_operand_dims=(x.ndim - 1,),
+        operand_batching_dims=batch,
+        scatter_indices_batching_dims=batch,
+    )
 
 
 def rows_and(indices: jax.Array) -> tuple[jax.Array, ...]:

@@ -1,4 +1,4 @@
-"""The two backends, called as they are: each against float64, the plain formulas and the other."""
+"""The passes over logits on each platform, called as they are, against float64."""
 
 import functools
 import os
@@ -13,8 +13,7 @@ from cases import INF, contract, exact_softmax_cross_entropy, rows_with_margins,
 
 import xentjax
 from xentjax._jax.dtypes import wide_dtype
-from xentjax._softmax import cpu, plan, portable, reference
-from xentjax._softmax.partial import gradient_terms
+from xentjax._softmax import passes, reference
 from xentjax._targets.mass import mass_of, only_points_are_heavy
 from xentjax._targets.types import as_targets
 
@@ -46,24 +45,22 @@ def mass_of_form(form, num_classes, dtype):
     return mass, xentjax.dense_targets(targets, num_classes)
 
 
-@functools.partial(jax.jit, static_argnums=2)
-def by_both(logits, mass, backends, cotangents):
-    """Returns (loss, lse, gradient) by each backend, named (module, rows in a block)."""
+@jax.jit
+def by_both(logits, mass, cotangents):
+    """Returns (loss, lse, gradient, loss without a gradient) on each of the PLATFORMS."""
 
-    def by(module, rows):
-        options = {"rows": rows} if module is cpu else {}
-        whole = module.summarise(logits, mass, True, **options)
-        terms = gradient_terms(whole, *cotangents)
-        gradient = module.gradient(terms, whole, logits, mass)
-        value = module.summarise(logits, mass, False, **options)
+    def on(platform):
+        whole = passes.summarise(logits, mass, True, platform)
+        gradient = passes.gradient(whole, logits, mass, *cotangents, platform)
+        value = passes.summarise(logits, mass, False, platform)
         assert value.mass_of_rest is None
         return whole.loss, whole.log_normalizer, gradient, value.loss
 
-    return [by(*backend) for backend in backends]
+    return [on(platform) for platform in PLATFORMS]
 
 
-BACKENDS = ((portable, None), (cpu, None), (cpu, 5))
-NAMES = ("portable", "whole", "row blocks")
+PLATFORMS = ("portable", "cpu")
+LONG = passes.MAX_WHOLE_SUM + 2 * passes.WINDOW - 1  # The last window is not full.
 
 
 def exact(logits, masses, of_loss, of_lse):
@@ -96,6 +93,7 @@ FORMS = tuple(target_forms(1, 2))
 CASES = [
     *((form, 303, jnp.float32) for form in FORMS),
     *((form, 12, jnp.float32) for form in ("labels", "dense", "teacher")),
+    *((form, LONG, jnp.float32) for form in ("labels", "dense", "smoothed")),
     ("labels", 211, jnp.bfloat16),
     ("dense", 303, jnp.float16),
     ("two backgrounds", 211, jnp.bfloat16),
@@ -114,27 +112,29 @@ def test_each_keeps_the_contract(form, num_classes, dtype):
             jnp.asarray(x, wide_dtype(dtype))
             for x in (rng.normal(size=ROWS), np.where(np.arange(ROWS) % 2, 0, rng.random(ROWS)))
         )
-        answers = by_both(logits, mass, BACKENDS, cotangents)
+        answers = by_both(logits, mass, cotangents)
         loss, lse, gradient, size = exact(logits, masses, *cotangents)
     finite = np.asarray(logits, np.float64)
     bounds = np.array([contract(row[row > -INF]) if row.max() > -INF else 1 for row in finite])
     bounds[9] = 1e-6
     if dtype == jnp.float64:
         bounds = 1e-13 + 0 * bounds
+    if num_classes == LONG:  # So many gaps come close to the bound, which has no room for exp.
+        bounds = bounds + 2.0**-22
     # float16 and bfloat16 gradients are rounded once more; below 2⁻¹⁴ float16 has fewer digits.
     rounding = 0 if wide_dtype(dtype) == dtype else float(jnp.finfo(dtype).eps) / 2
     least = max(TINY, float(jnp.finfo(dtype).smallest_normal)) if rounding else TINY
     # A dense target knows its own total to half an ulp of it for each addition.
     of_total = 0 if only_points_are_heavy(mass) or dtype == jnp.float64 else 2.0**-22
     totals = np.asarray(masses, np.float64).sum(-1)
-    for name, (a_loss, a_lse, a_gradient, a_value) in zip(NAMES, answers, strict=True):
+    for name, (a_loss, a_lse, a_gradient, a_value) in zip(PLATFORMS, answers, strict=True):
         assert a_loss.dtype == a_lse.dtype == wide_dtype(dtype)
         assert a_gradient.dtype == dtype
         for row in range(ROWS):
             at = f"{name}, row {row}"
             close = functools.partial(np.testing.assert_allclose, err_msg=at)
-            close(a_loss[row], loss[row], rtol=bounds[row], atol=TINY)
-            close(a_value[row], loss[row], rtol=bounds[row], atol=TINY)
+            close(a_loss[row], loss[row], rtol=bounds[row], atol=num_classes * TINY)
+            close(a_value[row], loss[row], rtol=bounds[row], atol=num_classes * TINY)
             close(a_lse[row], lse[row], rtol=max(bounds[row], 1e-6 * rounding), atol=1e-6)
             entries = np.asarray(a_gradient[row], np.float64)
             bad = ~np.isfinite(gradient[row])
@@ -181,11 +181,13 @@ def test_exact_from_margin_minus_80_to_80(form, num_classes):
     loss, _, gradient, _ = exact(logits, one_hot, *cotangents)
     bounds = np.array([contract(z) for z in logits])
     normal = np.abs(gradient) >= TINY
-    for answer in by_both(jnp.asarray(logits), mass, BACKENDS, cotangents):
+    for answer in by_both(jnp.asarray(logits), mass, cotangents):
         losses, _, entries, _ = (np.asarray(x, np.float64) for x in answer)
-        assert np.all(np.abs(losses - loss) <= bounds * loss)
+        # Exponentials below the least normal number count as 0.
+        assert np.all(np.abs(losses - loss) <= bounds * loss + num_classes * TINY)
         error = np.abs(entries - gradient)
-        assert np.all(error[normal] <= (bounds[:, None] * np.abs(gradient))[normal])
+        allowed = bounds[:, None] * np.abs(gradient) + num_classes * TINY
+        assert np.all(error[normal] <= allowed[normal])
         assert np.all(np.abs(entries)[~normal] <= TINY)
 
 
@@ -194,7 +196,7 @@ def test_one_class_has_no_loss(form):
     mass, masses = mass_of_form(form, 1, jnp.float32)
     logits = jnp.linspace(-100, 100, ROWS)[:, None]
     cotangents = jnp.ones(ROWS), jnp.full(ROWS, 2.0)
-    for loss, lse, gradient, value in by_both(logits, mass, BACKENDS, cotangents):
+    for loss, lse, gradient, value in by_both(logits, mass, cotangents):
         for x in loss, value:
             np.testing.assert_array_equal(x, 0)
         np.testing.assert_array_equal(lse, logits[:, 0])
@@ -216,7 +218,7 @@ def test_two_leaders_in_any_chunks(num_classes, form):
     )
     cotangents = jnp.ones(len(first)), jnp.zeros(len(first))
     loss, lse, gradient, size = exact(logits, masses, *cotangents)
-    for answer in by_both(jnp.asarray(logits), mass, BACKENDS, cotangents):
+    for answer in by_both(jnp.asarray(logits), mass, cotangents):
         np.testing.assert_allclose(answer[0], loss, rtol=1e-6)
         np.testing.assert_allclose(answer[1], lse, rtol=1e-6)
         assert np.all(np.abs(answer[2] - gradient) <= 1e-6 * size)
@@ -231,9 +233,9 @@ def test_a_NaN_is_in_all_of_its_row_and_no_other(form):
     for row, column in ((0, 0), (7, 100), (22, 999)):
         bad = bad.at[row, column].set(jnp.nan)
     cotangents = jnp.ones(ROWS), jnp.ones(ROWS)
-    clean = by_both(logits, mass, BACKENDS, cotangents)
+    clean = by_both(logits, mass, cotangents)
     spoilt = np.isin(np.arange(ROWS), [0, 7, 22])
-    for before, after in zip(clean, by_both(bad, mass, BACKENDS, cotangents), strict=True):
+    for before, after in zip(clean, by_both(bad, mass, cotangents), strict=True):
         for x, y in zip(before, after, strict=True):
             assert np.isnan(y[spoilt]).all()
             np.testing.assert_array_equal(y[~spoilt], x[~spoilt])
@@ -241,84 +243,34 @@ def test_a_NaN_is_in_all_of_its_row_and_no_other(form):
 
 def test_a_long_sum_loses_no_digits():
     # Each addend rounded the same way is the worst that can happen to a sum: 50257 · exp(0.1).
-    for form in "labels", "smoothed":
-        mass = mass_of(as_targets(target_forms(20, 50257)[form]), 50257, jnp.float32, None)
-        logits = jnp.full((20, 50257), 0.1, jnp.float32)
-        for rows in None, 7:
-            whole = jax.jit(cpu.summarise, static_argnums=(2, 3))(logits, mass, False, rows)
-            np.testing.assert_allclose(whole.loss, np.log(50257), rtol=3e-7)
+    logits = jnp.full((20, 50257), 0.1, jnp.float32)
+    for form in "labels", "smoothed", "dense":
+        targets = target_forms(20, 50257)[form]
+        mass = mass_of(as_targets(targets), 50257, jnp.float32, None)
+        whole = jax.jit(passes.summarise, static_argnums=(2, 3))(logits, mass, False, "cpu")
+        np.testing.assert_allclose(whole.loss / whole.mass, np.log(50257), rtol=3e-7)
 
 
-# The plan.
-
-POINTS = {"only_points": True, "backend": "cpu"}
-MASS = {"only_points": False, "backend": "cpu"}
-F32, BF16, F64 = jnp.float32, jnp.bfloat16, jnp.float64
-PORTABLE, WHOLE = plan.Plan("portable"), plan.Plan("cpu", None, "cpu")
-
-
-def rows_of(row_bytes):
-    return plan.ROW_BLOCK_BYTES // row_bytes
-
-
-@pytest.mark.parametrize(
-    ("shape", "dtype", "options", "value", "with_gradient"),
-    [
-        ((256, 10), F32, POINTS, PORTABLE, PORTABLE),
-        ((plan.MIN_CPU_LOGITS // 128 - 1, 128), F32, MASS, PORTABLE, PORTABLE),
-        ((plan.MIN_CPU_LOGITS // 128, 128), F32, MASS, WHOLE, WHOLE),
-        ((2048, 50257), F32, POINTS | {"backend": "portable"}, PORTABLE, PORTABLE),
-        ((0, 50257), F32, POINTS, PORTABLE, PORTABLE),
-        ((2, 0, 300), BF16, MASS, PORTABLE, PORTABLE),
-        # The gradient's array may hold the exponentials of float32 and float64.
-        ((2048, 50257), F32, POINTS, plan.Plan("cpu", rows_of(4 * 50257), "cpu"), WHOLE),
-        ((2048, 50257), F64, POINTS, plan.Plan("cpu", rows_of(8 * 50257), "cpu"), WHOLE),
-        # bfloat16 and dense mass have arrays of their own.
-        (
-            (2048, 50257),
-            BF16,
-            POINTS,
-            *[plan.Plan("cpu", rows_of(4 * 50257), "portable")] * 2,
-        ),
-        ((2048, 50257), F32, MASS, *[plan.Plan("cpu", rows_of(8 * 50257), "cpu")] * 2),
-        ((4096, 1000), F32, MASS, *[plan.Plan("cpu", rows_of(8 * 1000), "cpu")] * 2),
-        ((4096, 1000), BF16, POINTS, WHOLE, WHOLE),
-        ((2, 128, 100000), BF16, POINTS, *[plan.Plan("cpu", rows_of(4 * 100000), "portable")] * 2),
-        ((1, 2**24), BF16, MASS, WHOLE, WHOLE),  # One row cannot be cut.
-    ],
-    ids=str,
-)
-@pytest.mark.skipif(plan.FORCED is not None, reason="a backend is forced")
-def test_plans(shape, dtype, options, value, with_gradient):
-    assert plan.make_plan(shape, dtype, with_gradient=False, **options) == value
-    assert plan.make_plan(shape, dtype, with_gradient=True, **options) == with_gradient
-
-
-def test_sizes_that_are_not_known_take_portable_code():
-    (batch,) = jax.export.symbolic_shape("batch")
-    assert plan.make_plan((batch, 50257), F32, with_gradient=True, **POINTS) == PORTABLE
-
-
-def test_a_block_of_rows_is_no_longer_than_the_rows_and_no_shorter_than_one():
-    for rows, num_classes in [(1, 2**20), (3, 2**19 + 1), (2**19, 1), (17, 40000), (100000, 7)]:
-        for dtype in F32, BF16:
-            made = plan.make_plan((rows, num_classes), dtype, with_gradient=True, **MASS)
-            assert made.rows is None or 1 <= made.rows <= rows
+def test_mass_however_small_on_an_impossible_class_costs_infinity():
+    logits = jnp.array([[0.0, -INF, 3e38, -3e38], [0.0, -INF, 1.0, 2.0]])
+    masses = jnp.array([[1.0, 0.0, 0.0, 0.0], [1.0, 2e-38, 0.0, 0.0]])
+    mass = mass_of(masses, 4, jnp.float32, None)
+    excess = passes.summarise(logits, mass, False, "portable").excess
+    np.testing.assert_array_equal(excess, np.float32([3e38, INF]))
 
 
 FORCED = """
 import jax, jax.numpy as jnp
 import xentjax
-from xentjax._softmax import plan
-options = {"only_points": True, "with_gradient": True, "backend": "cpu"}
-made = plan.make_plan((4096, 1000), jnp.float32, **options)
-loss = xentjax.softmax_cross_entropy(jnp.zeros((64, 1000)), jnp.zeros(64, int)).mean()
-print(made.backend, f"{loss:.4f}")
+jaxpr = jax.make_jaxpr(xentjax._softmax.passes.summarise, static_argnums=(2, 3))
+mass = xentjax._targets.mass.label_mass(jnp.zeros(2, int), 20000, jnp.float32)
+print("reduce_window" in str(jaxpr(jnp.zeros((2, 20000)), mass, False, "cpu")))
 """
 
 
-def test_an_environment_variable_forces_a_backend():
-    env = os.environ | {"XENTJAX_BACKEND": "portable"}
-    command = [sys.executable, "-c", FORCED]
-    run = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
-    assert run.stdout.split() == ["portable", "6.9078"]
+def test_an_environment_variable_forces_a_platform():
+    for platform, has_windows in ("portable", False), ("cpu", True):
+        env = os.environ | {"XENTJAX_BACKEND": platform}
+        command = [sys.executable, "-c", FORCED]
+        run = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+        assert run.stdout.split() == [str(has_windows)]
