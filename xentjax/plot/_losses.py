@@ -169,6 +169,14 @@ def margin(
 
 def _sizes(logits: jax.Array) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Returns losses, and sizes of the first class's gradient entries, each (exact, naive)."""
+    sizes = jax.tree.map(lambda x: np.abs(np.asarray(x, np.float64)), _exact_and_naive(logits))
+    (exact, exact_slopes), (naive, naive_slopes) = sizes
+    return {"loss": (exact, naive), "gradient": (exact_slopes, naive_slopes)}
+
+
+@jax.jit
+def _exact_and_naive(logits: jax.Array) -> list[tuple[jax.Array, jax.Array]]:
+    """Returns (losses, the first class's gradient entries) of both formulas, for label 0."""
 
     def exact(z):
         return softmax_cross_entropy(z, jnp.zeros(z.shape[0], jnp.int32))
@@ -176,13 +184,8 @@ def _sizes(logits: jax.Array) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     def naive(z):
         return jax.nn.logsumexp(z, axis=-1) - z[:, 0]
 
-    @jax.jit
-    def both(z):
-        pairs = [jax.vjp(loss, z) for loss in (exact, naive)]
-        return [(y, pullback(jnp.ones_like(y))[0][:, 0]) for y, pullback in pairs]
-
-    (a, da), (b, db) = jax.tree.map(lambda x: np.abs(np.asarray(x, np.float64)), both(logits))
-    return {"loss": (a, b), "gradient": (da, db)}
+    pairs = [jax.vjp(loss, logits) for loss in (exact, naive)]
+    return [(y, pullback(jnp.ones_like(y))[0][:, 0]) for y, pullback in pairs]
 
 
 def simplex(
