@@ -256,7 +256,7 @@ def test_mass_however_small_on_an_impossible_class_costs_infinity():
     masses = jnp.array([[1.0, 0.0, 0.0, 0.0], [1.0, 2e-38, 0.0, 0.0]])
     mass = mass_of(masses, 4, jnp.float32, None)
     excess = passes.summarise(logits, mass, False, "portable").excess
-    np.testing.assert_array_equal(excess, np.float32([3e38, INF]))
+    np.testing.assert_array_equal(excess, np.array([3e38, INF], np.float32))
 
 
 FORCED = """

@@ -110,7 +110,7 @@ class _Call:
         if self.maps:
             function = functools.partial(self._inside().evaluate_forward, backend=backend)
             return self._vmap(function, list(self.maps[0].axes))(list(leaves))
-        return _code(self, backend)(*leaves)
+        return _code(self, backend)[0](*leaves)
 
     def derivative(self, leaves: Sequence[Any], tangents: Sequence[Any]) -> list[Any]:
         """Returns J · tangents by the plain formula."""
@@ -221,10 +221,11 @@ def _type_of(x):
 
 
 @functools.lru_cache(maxsize=1024)
-def _code(call: _Call, backend: Backend) -> Callable[..., list[Any]]:
-    """Returns the fast code of a call without maps, which JAX traces once for types and for use.
+def _code(call: _Call, backend: Backend) -> tuple[Callable[..., list[Any]], list[Any]]:
+    """Returns (the fast code of a call without maps, its trees).
 
-    Its attribute `trees` are the trees of the outputs and of the summary, once it is traced.
+    JAX traces the code once, for its types and for its use. Then the trees are that of the outputs
+    and that of the summary.
     """
 
     @functools.partial(jax.jit, inline=True)
@@ -237,8 +238,7 @@ def _code(call: _Call, backend: Backend) -> Callable[..., list[Any]]:
         return jax.tree.leaves((out, summary))
 
     trees = []
-    traced.trees = trees
-    return traced
+    return traced, trees
 
 
 @functools.lru_cache(maxsize=1024)
@@ -246,7 +246,7 @@ def _signature(call: _Call, avals: tuple[Any, ...]) -> tuple[Any, Any, tuple[Any
     backend = "cpu" if jax.default_backend() == "cpu" else "portable"
     function = functools.partial(call.evaluate_forward, backend=backend)
     out = tuple(jax.make_jaxpr(function)(list(avals)).out_avals)
-    return *_code(dataclasses.replace(call, maps=()), backend).trees, out
+    return *_code(dataclasses.replace(call, maps=()), backend)[1], out
 
 
 def _primitive(

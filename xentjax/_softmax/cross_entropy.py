@@ -105,4 +105,5 @@ class Entropy(Rule):
 
     def backward(self, backend, needs_grad, args, summary, cotangents):
         del backend, needs_grad
-        return (partial.entropy_gradient(summary, *args, cotangents),)
+        (logits,) = args
+        return (partial.entropy_gradient(summary, logits, cotangents),)

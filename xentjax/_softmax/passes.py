@@ -48,6 +48,9 @@ MAX_WHOLE_SUM = 2**14
 WINDOW = 2**11
 """So many classes are summed at a time where there are more."""
 
+MIN_PASS = 2**12
+"""The CPU compiler (jaxlib 0.10.2) hands nothing smaller to YNNPACK."""
+
 MAX_KEPT_WIDE = 2**23
 """So many exponentials of narrow logits are kept for the gradient, as 32 MiB of float32."""
 
@@ -90,7 +93,8 @@ def summarise(
         rest = _rest(logits, m, kept, add)
         mass_of_rest = jnp.zeros_like(m) if with_gradient else None
     own_logits, top, t = _own_pass(logits, m, mass)
-    return PartialSoftmax(m, rest, mass.total(add), mass_of_rest, t.excess(own_logits, top, add))
+    excess = t.excess(own_logits, top, None if _are_few(logits) else add)
+    return PartialSoftmax(m, rest, mass.total(add), mass_of_rest, excess)
 
 
 def leader_and_rest(logits: jax.Array, backend: Backend) -> tuple[jax.Array, jax.Array]:
@@ -104,6 +108,11 @@ def _are_kept(logits):
     if not all(isinstance(n, int) for n in logits.shape):
         return True  # Sizes that are not known, of `jax.export`.
     return logits.dtype == wide_dtype(logits.dtype) or logits.size < MAX_KEPT_WIDE
+
+
+def _are_few(logits):
+    """Returns whether choices between classes take less than arithmetic does."""
+    return all(isinstance(n, int) for n in logits.shape) and logits.size < MIN_PASS
 
 
 def _own_pass(*arrays):
@@ -130,7 +139,11 @@ def _rest(logits, max_logit, kept, add):
     e = exponentials(wide(logits), max_logit)
     own_logits, m = _own_pass(logits, max_logit)
     less = wide(own_logits) - m[..., None]
-    total, below = add(e), add(zero_at_0(less, e if kept else jnp.exp(less)))
+    if _are_few(logits):
+        below = jax.lax.select(less < 0, e, jnp.zeros_like(e)).sum(-1)
+    else:
+        below = add(zero_at_0(less, e if kept else jnp.exp(less)))
+    total = add(e)
     # From a total of 2 on nothing cancels.
     one_leads = (total > 0.5) & (total < 2)
     return jax.lax.select(one_leads, below, total - 1)
@@ -197,7 +210,7 @@ def gradient(
     if not only_points_are_heavy(mass):
         e = exponentials(z, own_m)
         leads = (z == own_m[..., None]) & terms.leader_is_heavy[..., None]
-        density = scaled(loss_cotangent[..., None], mass.density())
+        density = scaled(loss_cotangent[..., None], cast(jax.Array, mass.density()))
         # A float knows T to half an ulp, and so T − t_v: that is what the target says of the rest.
         of_leader = (terms.mass[..., None] - density) + terms.of_leader[..., None]
         entries = jnp.where(leads, of_leader, terms.per_exponential[..., None] * e - density)
