@@ -443,7 +443,7 @@ def test_a_nan_in_the_kernel_is_in_every_number(small_plan, form):
     targets, (inputs, kernel, bias, *_) = target_forms(TOKENS, CLASSES)[form], arguments()
     mean = functools.partial(linear_loss, targets=targets, bias=bias, plan=small_plan)
 
-    @jax.jit
+    @jit
     def every_number(kernel):
         losses, stats = linear_loss_and_stats(inputs, kernel, targets, bias=bias, plan=small_plan)
         numbers = losses, stats.log_normalizer, stats.label_log_probability
@@ -457,6 +457,7 @@ def test_a_nan_in_the_kernel_is_in_every_number(small_plan, form):
 def test_a_nan_in_one_token_leaves_the_others_as_they_are(small_plan):
     labels, (inputs, kernel, *_) = target_forms(TOKENS, CLASSES)["labels"], arguments()
 
+    @jit
     def losses_and_gradient(x):
         losses = linear_loss(x, kernel, labels, reduction="none", plan=small_plan)
         total = functools.partial(
@@ -484,8 +485,8 @@ def test_a_padded_class_has_no_part_in_the_derivative_of_a_temperature():
     def of_fewer(tau, kernel, bias):
         return plain_softmax_cross_entropy((inputs @ kernel + bias) / tau, labels).mean()
 
-    actual = jax.value_and_grad(ours)(0.7, kernel, padded)
-    assert_close(actual, jax.value_and_grad(of_fewer)(0.7, kernel[:, :9], bias[:9]))
+    actual = jit(jax.value_and_grad(ours))(0.7, kernel, padded)
+    assert_close(actual, jit(jax.value_and_grad(of_fewer))(0.7, kernel[:, :9], bias[:9]))
 
 
 def test_third_derivatives_without_kept_logits():
