@@ -18,7 +18,7 @@ from xentjax._targets.mass import mass_of, only_points_are_heavy
 from xentjax._targets.types import as_targets
 
 ROWS = 23  # In blocks of 5 the last one repeats two rows.
-TINY = np.finfo(np.float32).tiny
+TINY = float(np.finfo(np.float32).tiny)
 
 
 def logits_of(num_classes, dtype, seed=0):
