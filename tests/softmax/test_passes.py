@@ -51,7 +51,7 @@ def by_both(logits, mass, cotangents):
 
     def on(platform):
         whole = passes.summarise(logits, mass, True, platform)
-        gradient = passes.gradient(whole, logits, mass, *cotangents, platform)
+        gradient = passes.gradient(whole, logits, mass, *cotangents, backend=platform)
         value = passes.summarise(logits, mass, False, platform)
         assert value.mass_of_rest is None
         return whole.loss, whole.log_normalizer, gradient, value.loss
