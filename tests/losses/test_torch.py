@@ -75,9 +75,7 @@ def ours(case, dtype):
         loss = function(logits, target, **options)
         return loss.sum(), loss
 
-    gradient, loss = jit(jax.grad(summed, has_aux=True))(
-        array(np.asarray(case["input"], float))
-    )
+    gradient, loss = jit(jax.grad(summed, has_aux=True))(array(np.asarray(case["input"], float)))
     return loss, gradient
 
 

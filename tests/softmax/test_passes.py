@@ -274,3 +274,17 @@ def test_an_environment_variable_forces_a_platform():
         command = [sys.executable, "-c", FORCED]
         run = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
         assert run.stdout.split() == [str(has_windows)]
+
+
+@pytest.mark.parametrize("form", ["prior", "weighted", "smoothed", "two backgrounds"])
+def test_targets_may_be_constants_of_a_compiled_function(form):
+    """YNNPACK ends the process over some constants (jaxlib 0.10.2): a share in every example."""
+    targets = target_forms(16, 1000)[form]
+    z = logits_of(1000, jnp.float32)[11:12] / 50 + jnp.arange(16, dtype=jnp.float32)[:, None]
+    constant = jax.jit(
+        jax.value_and_grad(lambda z: xentjax.softmax_cross_entropy(z, targets).sum())
+    )
+    as_value = jax.jit(lambda z: xentjax.softmax_cross_entropy(z, targets).sum())
+    given = jax.jit(lambda z, t: xentjax.softmax_cross_entropy(z, t).sum())
+    np.testing.assert_allclose(as_value(z), given(z, targets), rtol=1e-6)
+    np.testing.assert_allclose(constant(z)[0], given(z, targets), rtol=1e-6)

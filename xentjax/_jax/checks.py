@@ -111,7 +111,7 @@ def as_positive(name: str, x: Any) -> jax.Array:
 
 
 def as_nonnegative(name: str, x: Any) -> jax.Array:
-    """Returns a finite scalar of at least 0 as an array of floats; a traced one is not looked at."""
+    """Returns a finite scalar ≥ 0 as an array of floats; a traced one is not looked at."""
     return _as_scalar(name, x, "a number of at least 0", lambda value: 0 <= value < math.inf)
 
 

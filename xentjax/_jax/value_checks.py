@@ -22,10 +22,10 @@ def value_checks() -> Iterator[None]:
     """Makes values that have no meaning an error that names the argument, position and value.
 
     It checks that labels are in [0, V); that target masses, class weights and weights are ≥ 0; that
-    probabilities and binary targets are in [0, 1], and distributions sum to 1; that logits are below
-    +inf; and that neither they nor the inputs, kernel and bias of a head are NaN. What `where` drops is not looked at. Without
-    it, such labels give NaN, other values count as they are, and nothing is spent: compiled
-    programs are the same.
+    probabilities and binary targets are in [0, 1], and distributions sum to 1; that logits are
+    below +inf; and that neither they nor the inputs, kernel and bias of a head are NaN. It does not
+    look at what `where` drops. Without it, such labels give NaN, other values count as they are,
+    and nothing is spent: compiled programs are the same.
 
     In a compiled function (`jax.jit`, `jax.shard_map`, the body of `jax.lax.scan`) a check is one
     of `jax.experimental.checkify`, and an error without it. Write

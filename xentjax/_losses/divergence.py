@@ -1,6 +1,7 @@
 """The derivative rules of divergences from logits.
 
-With d_v = q_logits − p_logits less its mean under p, so that Σ p_v · d_v = 0:
+With d_v = q_logits − p_logits less its mean under p (over classes that are possible under both),
+so that Σ p_v · d_v = 0:
 
     KL = log Σ_v p_v · exp(d_v) = log1p(Σ_v p_v · g(d_v)),   g(d) = exp(d) − 1 − d ≥ 0
     ∂KL/∂p_logits = −p_v · d_v,   ∂KL/∂q_logits = q_v − p_v = p_v · expm1(d_v − KL)
@@ -103,14 +104,15 @@ def kl_parts(a, b, axes):
     d, error = arithmetic.two_sum(jnp.where(counted, b, 0), -jnp.where(counted, a, 0))
     d_top, error_top = arithmetic.two_sum(b_top, -a_top)
     d = jnp.where(counted, (d - d_top) + (error - error_top), 0)
-    mean = total(p * d)
+    is_lost = ~impossible & ~counted  # Possible under p alone: exp(d) is 0 there.
+    lost = total(jnp.where(is_lost, p, 0))
+    mean = total(p * d) / jnp.where((lost > 0) & (lost < 1), 1 - lost, 1)
     d = jnp.where(counted, d - mean, 0)
     x = (b - b_top) - (jnp.log(normalizer) + mean)
 
     top = jax.lax.stop_gradient(largest(x))
-    is_large = top > 1
+    is_large = (top > 1) | (lost > 0.5)
     d_if_small, x_if_small = jnp.where(is_large, 0, d), jnp.where(is_large, 0, x)
-    is_lost = ~impossible & ~counted  # Possible under p alone: exp(d) is 0 there.
     excess = p * jnp.where(is_lost, -1, arithmetic.exp_less_line(d_if_small))
     small = total(jnp.where(impossible, jnp.exp(x_if_small), excess))
     x_if_large = jnp.where(is_large, x - top, 0)

@@ -36,6 +36,7 @@ from xentjax._targets.mass import (
     at_class,
     is_class,
     only_points_are_heavy,
+    own_pass,
     set_at,
     sum_over_classes,
     zero_at_0,
@@ -92,8 +93,8 @@ def summarise(
     else:
         rest = _rest(logits, m, kept, add)
         mass_of_rest = jnp.zeros_like(m) if with_gradient else None
-    own_logits, top, t = _own_pass(logits, m, mass)
-    excess = t.excess(own_logits, top, None if _are_few(logits) else add)
+    own_logits, top, own_mass = mass.own_pass(logits, m)
+    excess = own_mass.excess(own_logits, top, None if _are_few(logits) else add)
     return PartialSoftmax(m, rest, mass.total(add), mass_of_rest, excess)
 
 
@@ -115,14 +116,6 @@ def _are_few(logits):
     return all(isinstance(n, int) for n in logits.shape) and logits.size < MIN_PASS
 
 
-def _own_pass(*arrays):
-    """Returns arrays for a pass of its own: XLA would make an array of what two passes share.
-
-    Passes with the same arrays, in the same order, are the same.
-    """
-    return jax.lax.optimization_barrier(arrays)
-
-
 def _exponentials(logits, max_logit, point, kept, backend):
     """Returns exp(z_v − m), [..., V], with 0 at one point of each example.
 
@@ -137,7 +130,7 @@ def _exponentials(logits, max_logit, point, kept, backend):
 def _rest(logits, max_logit, kept, add):
     """Returns the rest, [...], where any class may lead, and several may."""
     e = exponentials(wide(logits), max_logit)
-    own_logits, m = _own_pass(logits, max_logit)
+    own_logits, m = own_pass(logits, max_logit)
     less = wide(own_logits) - m[..., None]
     if _are_few(logits):
         below = jax.lax.select(less < 0, e, jnp.zeros_like(e)).sum(-1)
@@ -205,7 +198,7 @@ def gradient(
     """
     terms = gradient_terms(whole, loss_cotangent, lse_cotangent)
     kept, m = shares_exponentials and _are_kept(logits), whole.max_logit
-    own_logits, own_m = (logits, m) if kept else _own_pass(logits, m, terms.per_exponential)[:2]
+    own_logits, own_m = (logits, m) if kept else own_pass(logits, m, terms.per_exponential)[:2]
     z = wide(own_logits)
     if not only_points_are_heavy(mass):
         e = exponentials(z, own_m)

@@ -29,6 +29,14 @@ def sum_over_classes(x: jax.Array) -> jax.Array:
     return x.sum(-1)
 
 
+def own_pass(*arrays: Any) -> Any:
+    """Returns arrays for a pass of its own: XLA would make an array of what two passes share.
+
+    Passes with the same arrays, in the same order, are the same.
+    """
+    return jax.lax.optimization_barrier(arrays)
+
+
 def times(mass: jax.Array, cost: jax.Array) -> jax.Array:
     """Returns mass · cost with 0 · inf = 0, in derivatives too."""
     return mass * jnp.where((mass == 0) & jnp.isposinf(cost), jnp.zeros_like(cost), cost)
@@ -147,6 +155,11 @@ class DenseMass:
     def map_examples(self, function: Callable[[Any], Any]) -> Self:
         """Returns function of all arrays that have the batch's axes."""
         return type(self)(function(self.masses))
+
+    def own_pass(self, logits: jax.Array, top: jax.Array) -> tuple[jax.Array, jax.Array, Self]:
+        """Returns (logits, top, self) for a pass of its own; top is the largest logit, [...]."""
+        logits, top, masses = own_pass(logits, top, self.masses)
+        return logits, top, type(self)(masses)
 
 
 @jax.tree_util.register_dataclass
@@ -298,6 +311,19 @@ class SparseMass:
             weights=function(self.weights),
             background_mass=None if mass is None else function(mass),
         )
+
+    def own_pass(self, logits: jax.Array, top: jax.Array) -> tuple[jax.Array, jax.Array, Self]:
+        """Returns (logits, top, self) for a pass of its own, as of dense mass.
+
+        A constant share of a background behind a barrier makes YNNPACK crash (jaxlib 0.10.2), so
+        that 0 is added to it, which is made from the largest logit: NaN only where that is NaN.
+        """
+        logits, top, prior = own_pass(logits, top, self.prior)
+        if prior is None:
+            return logits, top, self
+        share = cast(jax.Array, self.background_mass)
+        zero = jnp.minimum(jnp.abs(top), 0).astype(share.dtype)[..., None]
+        return logits, top, dataclasses.replace(self, prior=prior, background_mass=share + zero)
 
     def _uniform(self, classes):
         """Returns the mass of a uniform background on so many classes."""
