@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import mpmath
 import numpy as np
 import pytest
-from cases import jit
+from cases import jit, mainly
 
 import xentjax
 
@@ -224,7 +224,7 @@ IN_A_LOOP = {
 }
 
 
-@pytest.mark.parametrize("name", IN_A_LOOP)
+@pytest.mark.parametrize("name", mainly(IN_A_LOOP, "js"))
 def test_second_derivatives_of_logit_divergence_in_a_loop(name):
     """Beside those of the probabilities' formula, outside of a loop, with classes impossible."""
     rng = np.random.default_rng(6)

@@ -211,7 +211,7 @@ def test_shares_in_arrays_are_checked_when_there_is_a_value(where):
     [
         (xj.softmax_cross_entropy, (Z, LABELS), "label_smoothing"),
         (xj.softmax_cross_entropy_with_stats, (Z, LABELS), "reduction"),
-        (xj.sigmoid_binary_cross_entropy, (Z, Z), "pos_weight"),
+        (xj.sigmoid_binary_cross_entropy, (Z, Z), "weight"),
         (xj.multilabel_cross_entropy, (Z, Z), "reduction"),
         (xj.binary_cross_entropy, (P, P), "eps"),
         (xj.smooth_labels, (LABELS, 0.1), "num_classes"),

@@ -264,10 +264,10 @@ def _as_weights(pos_weight, neg_weight, shape, axes):
     """Returns (w₊, w₋), each None, a scalar or an array of `shape`, from one for each label."""
     labels = tuple(shape[a] for a in axes if shape)
 
-    def as_weight(name, weight):
-        if weight is None:
+    def as_weight(name, given):
+        if given is None:
             return None
-        weight = checks.as_array(name, weight, "real numbers")
+        weight = checks.as_array(name, given, "real numbers")
         checks.check(
             any(jnp.issubdtype(weight.dtype, kind) for kind in (jnp.floating, jnp.integer)),
             f"{name}: expected real numbers, got {checks.describe(weight)}",
@@ -278,7 +278,8 @@ def _as_weights(pos_weight, neg_weight, shape, axes):
             f"{name}: expected a scalar, shape {labels} (one for each label) or {shape} (that of "
             f"logits), got {checks.describe(weight)}",
         )
-        checks.check_interval(name, weight, 0, math.inf)
+        # Numbers of the user's are looked at in a trace too; arrays of JAX have no values there.
+        checks.check_interval(name, weight if isinstance(given, jax.Array) else given, 0, math.inf)
         if weight.shape in ((), shape):
             return weight
         others = tuple(a for a in range(len(shape)) if a not in axes)
