@@ -73,8 +73,8 @@ def reliability_bins(
       >>> import xentjax
       >>> logits = jnp.log(jnp.array([[0.9, 0.1], [0.9, 0.1], [0.4, 0.6]]))
       >>> bins = xentjax.reliability_bins(logits, jnp.array([0, 1, 1]), num_bins=4)
-      >>> print(bins.count, bins.confidence.round(4), bins.correct)
-      [0. 0. 1. 2.] [0.  0.  0.6 1.8] [0. 0. 1. 1.]
+      >>> print(bins.count, (10 * bins.confidence).round(), bins.correct)
+      [0. 0. 1. 2.] [ 0.  0.  6. 18.] [0. 0. 1. 1.]
 
     Source:
       Guo et al., On Calibration of Modern Neural Networks, 2017, section 2.

@@ -94,7 +94,8 @@ def summarise(
         rest = _rest(logits, m, kept, add)
         mass_of_rest = jnp.zeros_like(m) if with_gradient else None
     own_logits, top, own_mass = mass.own_pass(logits, m)
-    excess = own_mass.excess(own_logits, top, None if _are_few(logits) else add)
+    add_costs = None if _are_few(logits) else add
+    excess = own_mass.excess(own_logits, top, add_costs, with_derivative=False)
     return PartialSoftmax(m, rest, mass.total(add), mass_of_rest, excess)
 
 

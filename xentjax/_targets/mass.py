@@ -37,6 +37,16 @@ def own_pass(*arrays: Any) -> Any:
     return jax.lax.optimization_barrier(arrays)
 
 
+def _no_rounding(gaps: jax.Array, top: jax.Array) -> jax.Array:
+    """Returns gaps top − z with 0 where they are less than two floats can differ by.
+
+    Where z is a product, XLA may subtract it before it is rounded (jaxlib 0.10.2), and the leader
+    is then as far from itself as rounding moved it.
+    """
+    half_ulp = jnp.abs(top) * jnp.asarray(jnp.finfo(gaps.dtype).epsneg, gaps.dtype)
+    return jnp.where(jnp.abs(gaps) < half_ulp, jnp.zeros_like(gaps), gaps)
+
+
 def times(mass: jax.Array, cost: jax.Array) -> jax.Array:
     """Returns mass · cost with 0 · inf = 0, in derivatives too."""
     return mass * jnp.where((mass == 0) & jnp.isposinf(cost), jnp.zeros_like(cost), cost)
@@ -124,11 +134,13 @@ class DenseMass:
         top: jax.Array,
         add: SumOverClasses | None = None,
         without: jax.Array | None = None,
+        with_derivative: bool = True,
     ) -> jax.Array:
         """Returns Σ_v t_v · (top − z_v), [...], with 0 · inf = 0; one class may be left out.
 
         With `add`, a backend's sum, top is the largest logit, and no derivative is taken.
         """
+        del with_derivative
         masses, gaps = self.masses, top[..., None] - logits.astype(top.dtype)
         if add is not None:
             return sum_of_costs(masses, gaps, add)
@@ -209,13 +221,20 @@ class SparseMass:
         top: jax.Array,
         add: SumOverClasses | None = None,
         without: jax.Array | None = None,
+        with_derivative: bool = True,
     ) -> jax.Array:
-        """Returns Σ_v t_v · (top − z_v), [...], as that of dense mass."""
+        """Returns Σ_v t_v · (top − z_v), [...], as that of dense mass.
+
+        Without a derivative, a point that leads is no gap away from the largest logit, `top`.
+        """
         picked, weights = at_classes(logits, self.indices).astype(top.dtype), self.weights
         if without is not None:
             is_left_out = self.indices == without[..., None]
             weights = jnp.where(is_left_out, jnp.zeros_like(weights), weights)
-        total = times(weights, top[..., None] - picked).sum(-1)
+        own_gaps = top[..., None] - picked
+        if not with_derivative:
+            own_gaps = _no_rounding(own_gaps, top[..., None])
+        total = times(weights, own_gaps).sum(-1)
         if self.background_mass is None:
             return total
         gaps = top[..., None] - logits.astype(top.dtype)
