@@ -103,8 +103,30 @@ for measure in (
     xentjax.softmax_surprisal(logits),
     xentjax.softmax_entropy(logits),
     xentjax.softmax_kl_divergence(logits, logits),
+    xentjax.softmax_js_divergence(logits, logits),
+    xentjax.target_entropy(targets, 3),
+    xentjax.target_kl_divergence(logits, targets),
+    xentjax.focal(losses, 2.0),
+    xentjax.poly1(losses, 1.0),
+    xentjax.generalized(losses, 0.7),
+    xentjax.asymmetric_cross_entropy(logits, masses, 1.0, 4.0, 0.05),
+    xentjax.smooth_binary_labels(masses, 0.1),
+    xentjax.class_balanced_weights(jnp.array([5, 1, 2]), 0.9),
+    xentjax.softmax_hessian_product(logits, targets, logits),
+    xentjax.fit_temperature(logits, labels),
+    xentjax.expected_calibration_error(logits, labels),
+    xentjax.brier_score(logits, labels),
 ):
     assert_type(measure, jax.Array)
+
+
+def told(prediction: jax.Array) -> xentjax.Explanation:
+    """Returns the links of one prediction; they are numbers, and so have no trace."""
+    return xentjax.explain(prediction, [0, 1], base=2)
+
+
+bins = assert_type(xentjax.reliability_bins(logits, labels), xentjax.ReliabilityBins)
+assert_type(bins.expected_calibration_error(), jax.Array)
 
 with xentjax.value_checks():
     xentjax.softmax_cross_entropy(logits, labels)

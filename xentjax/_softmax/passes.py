@@ -146,7 +146,11 @@ def _rest(logits, max_logit, kept, add):
 def _largest(logits):
     """Returns m, [...], in the dtype of the arithmetic: the lowest number where all are −inf."""
     lowest = jnp.asarray(jnp.finfo(logits.dtype).min, logits.dtype)
-    return wide(jax.lax.reduce(logits, lowest, jax.lax.max, (logits.ndim - 1,)))
+    m = wide(jax.lax.reduce(logits, lowest, jax.lax.max, (logits.ndim - 1,)))
+    if logits.shape[-1] > 1:
+        return m
+    # XLA makes of one class the class itself, and forgets the lowest number (jaxlib 0.10.2).
+    return jnp.where(m == -jnp.inf, jnp.asarray(lowest, m.dtype), m)
 
 
 def _rest_beside(others, logit, max_logit):
