@@ -35,14 +35,13 @@ SOFTMAX = (
     "tests/losses/test_softmax.py::test_correct_is_the_heaviest_target",
     "tests/losses/test_softmax.py::test_an_example_without_a_class_is_masked_out",
     "tests/properties",
-    "tests/softmax/test_cpu.py",
+    "tests/softmax/test_passes.py",
     "tests/jax_helpers/test_rule.py",
 )
 FILES = {
     "_softmax/reference.py": ("tests/jax_helpers/test_rule.py", *SOFTMAX),
     "_softmax/partial.py": SOFTMAX,
-    "_softmax/portable.py": SOFTMAX,
-    "_softmax/cpu.py": ("tests/softmax/test_cpu.py",),
+    "_softmax/passes.py": SOFTMAX,
     "_targets/mass.py": SOFTMAX,
     "_losses/sigmoid.py": ("tests/losses/test_sigmoid.py", "tests/package/test_extremes.py"),
     "_losses/reduction.py": ("tests/losses/test_reduction.py", "tests/package/test_extremes.py"),

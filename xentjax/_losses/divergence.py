@@ -28,8 +28,16 @@ from xentjax._jax.rule import Rule
 from xentjax._losses.information import kl_excess
 
 
+class _OfTwoLogits(Rule):
+    """(p_logits, q_logits) -> divergences: the plain formula is the code of the value too."""
+
+    def forward(self, backend, needs_grad, *args):
+        del backend, needs_grad
+        return self.reference(*args), ()
+
+
 @dataclasses.dataclass(frozen=True)
-class KLOfLogits(Rule):
+class KLOfLogits(_OfTwoLogits):
     """(p_logits, q_logits) -> divergences over `axes`.
 
     Attributes:
@@ -41,10 +49,6 @@ class KLOfLogits(Rule):
     def reference(self, *args):
         p_logits, q_logits = args
         return jnp.squeeze(kl_parts(p_logits, q_logits, self.axes).divergence, self.axes)
-
-    def forward(self, backend, needs_grad, *args):
-        del backend, needs_grad
-        return self.reference(*args), ()
 
     def backward(self, backend, needs_grad, args, summary, cotangents):
         del backend, needs_grad, summary
@@ -124,7 +128,7 @@ def kl_parts(a, b, axes):
 
 
 @dataclasses.dataclass(frozen=True)
-class JSOfLogits(Rule):
+class JSOfLogits(_OfTwoLogits):
     """(p_logits, q_logits) -> Jensen-Shannon divergences over `axes`.
 
     Attributes:
@@ -141,10 +145,6 @@ class JSOfLogits(Rule):
         of_p = self.beta * kl_excess(parts.p, parts.m, parts.log_p_over_m)
         of_q = (1 - self.beta) * kl_excess(parts.q, parts.m, parts.log_q_over_m)
         return jnp.sum(of_p + of_q, axis=self.axes)
-
-    def forward(self, backend, needs_grad, *args):
-        del backend, needs_grad
-        return self.reference(*args), ()
 
     def backward(self, backend, needs_grad, args, summary, cotangents):
         del backend, needs_grad, summary

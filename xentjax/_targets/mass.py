@@ -408,12 +408,6 @@ def mass_of(
     return SparseMass(indices, weights, background_mass, prior, num_classes, num_classes)
 
 
-def label_mass(labels: jax.Array, num_classes: int, dtype: jax.typing.DTypeLike) -> SparseMass:
-    """Returns mass 1 on one valid class of each example."""
-    indices = labels[..., None]
-    return SparseMass(indices, jnp.ones(indices.shape, dtype), None, None, num_classes, num_classes)
-
-
 def add_at(x: jax.Array, classes: jax.Array, values: jax.Array) -> jax.Array:
     """Returns x [..., V] with values_j added at classes_j, [..., J], in place if it can be."""
     return jax.lax.scatter_add(
