@@ -263,7 +263,8 @@ FORCED = """
 import jax, jax.numpy as jnp
 import xentjax
 jaxpr = jax.make_jaxpr(xentjax._softmax.passes.summarise, static_argnums=(2, 3))
-mass = xentjax._targets.mass.label_mass(jnp.zeros(2, int), 20000, jnp.float32)
+labels = xentjax.SparseTargets(jnp.zeros((2, 1), int), jnp.ones((2, 1)))
+mass = xentjax._targets.mass.mass_of(labels, 20000, jnp.float32, None)
 print("reduce_window" in str(jaxpr(jnp.zeros((2, 20000)), mass, False, "cpu")))
 """
 
