@@ -152,7 +152,7 @@ FORMS = list(target_forms(TOKENS, CLASSES))
         itertools.product((RECOMPUTED, KEPT), FORMS),
         *((RECOMPUTED, form) for form in FORMS),
         # Both ways read the same blocks of mass.
-        *((KEPT, form) for form in ("labels", "dense", "two backgrounds")),
+        *((KEPT, form) for form in ("labels", "two backgrounds")),
     ),
     ids=str,
 )

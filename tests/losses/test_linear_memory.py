@@ -1,13 +1,14 @@
 """What the head costs, as compiled: memory, matmuls, layouts; and what low precision loses."""
 
 import functools
+import itertools
 import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import jit, target_forms
+from cases import jit, mainly, target_forms
 
 import xentjax
 from xentjax._softmax.head_plan import Sizes, make_plan, predict
@@ -98,9 +99,15 @@ def test_temporaries_grow_with_tokens_by_a_few_numbers_each(argnums):
 
 @pytest.mark.parametrize("argnums", [(), (0, 1)], ids=["loss", "gradients"])
 @pytest.mark.parametrize(
-    ("tokens", "classes"), [(8 * TOKENS, CLASSES), (TOKENS, 2 * CLASSES), (TOKENS - 1, CLASSES - 1)]
+    "sizes",
+    mainly(
+        [(8 * TOKENS, CLASSES), (TOKENS, 2 * CLASSES), (TOKENS - 1, CLASSES - 1)],
+        *[(8 * TOKENS, CLASSES), (TOKENS - 1, CLASSES - 1)],
+    ),
+    ids=str,
 )
-def test_the_default_budget_is_kept_at_any_size(tokens, classes, argnums):
+def test_the_default_budget_is_kept_at_any_size(sizes, argnums):
+    tokens, classes = sizes
     # Twice the half GiB, and no accumulator: the kernel's gradient is summed where it is returned.
     assert temporaries(tokens, FEATURES, classes, argnums=argnums) <= 1024
 
@@ -117,9 +124,16 @@ def test_a_kernel_of_rows_of_classes_is_not_transposed(dtype, memory_budget):
     assert tied.memory_analysis().temp_size_in_bytes / MIB <= other + 1
 
 
-@pytest.mark.parametrize("form", ["labels", "mixed", "prior"])
-@pytest.mark.parametrize("memory_budget", [4 * 515 * (8 + 2 * 128), 0])
-def test_no_array_of_all_logits(memory_budget, form):
+@pytest.mark.parametrize(
+    "case",
+    mainly(
+        itertools.product((4 * 515 * (8 + 2 * 128), 0), ("labels", "mixed", "prior")),
+        *[(4 * 515 * (8 + 2 * 128), "labels"), (0, "prior")],
+    ),
+    ids=str,
+)
+def test_no_array_of_all_logits(case):
+    memory_budget, form = case
     tokens, features, classes = 1100, 8, 515
     targets = target_forms(tokens, classes)[form]
 
@@ -200,9 +214,16 @@ def errors(gradients, exact):
     ]
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-@pytest.mark.parametrize("memory_budget", [None, 4 * 515 * (64 + 2 * 128), 0])
-def test_low_precision_is_no_worse_than_full_logits(dtype, memory_budget):
+@pytest.mark.parametrize(
+    "case",
+    mainly(
+        itertools.product((jnp.bfloat16, jnp.float16), (None, 4 * 515 * (64 + 2 * 128), 0)),
+        *[(jnp.bfloat16, None), (jnp.bfloat16, 0), (jnp.float16, 4 * 515 * (64 + 2 * 128))],
+    ),
+    ids=str,
+)
+def test_low_precision_is_no_worse_than_full_logits(case):
+    dtype, memory_budget = case
     args, full, fused = low_precision(dtype, 300, 64, 515, 0.25)
     exact_args = [a.astype(jnp.float32) for a in args]
     exact_loss, exact = jit(jax.value_and_grad(full, (0, 1)))(*exact_args)
@@ -228,16 +249,24 @@ def test_float16_gradients_of_a_mean_of_many_tokens_do_not_underflow(memory_budg
 
 
 @pytest.mark.parametrize(
-    ("inputs_dtype", "kernel_dtype"),
-    [
-        ("float32", "float64"),
-        ("float64", "float32"),
-        ("bfloat16", "float32"),
-        ("float16", "bfloat16"),
-    ],
+    "case",
+    mainly(
+        [
+            (*dtypes, memory_budget)
+            for dtypes in (
+                ("float32", "float64"),
+                ("float64", "float32"),
+                ("bfloat16", "float32"),
+                ("float16", "bfloat16"),
+            )
+            for memory_budget in (None, 0)
+        ],
+        *[("float32", "float64", None), ("bfloat16", "float32", 0), ("float16", "bfloat16", None)],
+    ),
+    ids=str,
 )
-@pytest.mark.parametrize("memory_budget", [None, 0])
-def test_operands_of_two_dtypes(inputs_dtype, kernel_dtype, memory_budget):
+def test_operands_of_two_dtypes(case):
+    inputs_dtype, kernel_dtype, memory_budget = case
     with jax.enable_x64(True):
         rng = np.random.default_rng(0)
         inputs = jnp.asarray(rng.normal(size=(3, 4)), inputs_dtype)
@@ -262,7 +291,7 @@ def test_operands_of_two_dtypes(inputs_dtype, kernel_dtype, memory_budget):
         np.testing.assert_allclose(total, losses.sum(), rtol=1e-12 if wide == jnp.float64 else 1e-5)
 
 
-@pytest.mark.parametrize("memory_budget", [None, 0])
+@pytest.mark.parametrize("memory_budget", mainly([None, 0], None))
 def test_it_exports_to_every_platform(memory_budget):
     targets = target_forms(300, 515)["mixed"]
 

@@ -163,7 +163,6 @@ MODES = {"reverse": jax.grad, "forward": forward}
     mainly(
         itertools.product(("total", "statistics"), MODES, MODES),
         ("total", "forward", "reverse"),
-        ("statistics", "reverse", "reverse"),
     ),
     ids=str,
 )

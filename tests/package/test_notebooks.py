@@ -8,6 +8,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from cases import mainly
 from jupyter_client.kernelspec import KernelSpecManager
 from jupyter_client.manager import AsyncKernelManager
 from nbclient import NotebookClient
@@ -85,8 +86,11 @@ def test_there_are_notebooks():
     assert NOTEBOOKS
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_runs_and_shows_what_is_stored(path):
+@pytest.mark.parametrize(
+    "name", mainly([path.stem for path in NOTEBOOKS], "03_exact", "05_large_vocabularies")
+)
+def test_runs_and_shows_what_is_stored(name):
+    (path,) = (path for path in NOTEBOOKS if path.stem == name)
     stored = nbformat.read(path, as_version=4)
     assert differences(stored, execute(stored, path.parent)) == []
 

@@ -309,7 +309,7 @@ def test_large_arrays_keep_their_dtype_under_x64(form_name, dtype):
     mainly(
         [(*case, kind) for case in CASES for kind in (EXPLICIT, AUTO)],
         *[(*case, EXPLICIT) for case in CORE],
-        *[(*case, AUTO) for case in CORE_OF_LOSSES],  # XLA alone splits arrays on automatic axes.
+        *[(*case, AUTO) for case in CORE_OF_LOSSES[::2]],  # XLA alone splits these.
     ),
     ids=str,
 )
@@ -326,10 +326,17 @@ def test_a_batch_split_over_devices(case):
         assert_same(jit(value_and_gradient(name))(*args), plain_result(name, form_name))
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
-@pytest.mark.parametrize("case", mainly(CASES, *CORE), ids=str)
-def test_an_empty_batch(case, dtype):
-    name, form_name = case
+@pytest.mark.parametrize(
+    "case",
+    mainly(
+        [(*case, dtype) for case in CASES for dtype in (jnp.float32, jnp.bfloat16, jnp.float16)],
+        *[(*case, jnp.bfloat16) for case in CORE],
+        *[(*case, jnp.float32) for case in CORE_OF_LOSSES],
+    ),
+    ids=str,
+)
+def test_an_empty_batch(case):
+    name, form_name, dtype = case
     empty = jax.tree.map(lambda x: x[:0] if np.shape(x)[:1] == (BATCH,) else x, form(form_name))
     z = jnp.zeros((0, CLASSES), dtype)
     if dtype == jnp.float32:
@@ -346,9 +353,8 @@ def test_an_empty_batch(case, dtype):
     "case",
     mainly(
         [(name, "labels") for name in FUNCTIONS] + [(name, "prior") for name in LOSSES],
-        *[(name, "labels") for name in LOSSES],
+        *[(name, "labels") for name in LOSSES if "stats" not in name],
         ("softmax_cross_entropy", "prior"),
-        ("smooth_labels", "labels"),
         ("weighted_mean", "labels"),
     ),
     ids=str,
@@ -365,8 +371,12 @@ def test_a_second_eager_call_compiles_nothing(case):
         call()
 
 
-@pytest.mark.parametrize("case", mainly(OF_LOSSES, *CORE_OF_LOSSES), ids=str)
+PLATFORMS = ("cpu", "cuda", "tpu", "rocm")
+
+
+@pytest.mark.parametrize("case", mainly(CASES, *CORE), ids=str)
 def test_export_of_a_batch_of_any_size(case):
+    """One artefact for four platforms; those of losses are run here too, on the first."""
     name, form_name = case
     (batch,) = export.symbolic_shape("batch")
     symbolic = jax.tree.map(
@@ -375,9 +385,16 @@ def test_export_of_a_batch_of_any_size(case):
         ),
         (Z, form(form_name), KEEP),
     )
-    exported = export.export(jit(value_and_gradient(name)), platforms=("cpu", "cuda", "tpu"))
-    answer = exported(*symbolic).call(Z, form(form_name), KEEP)
-    assert_same(answer, plain_result(name, form_name))
+    to_export = export.export(jit(value_and_gradient(name)), platforms=PLATFORMS)
+    if name == "info_nce":  # Keys are its classes.
+        with pytest.raises(ValueError, match="keys: expected a known number of rows, got batch"):
+            to_export(*symbolic)
+        return
+    exported = to_export(*symbolic)
+    assert exported.platforms == PLATFORMS
+    if case in CORE_OF_LOSSES:
+        answer = exported.call(Z, form(form_name), KEEP)
+        assert_same(answer, plain_result(name, form_name))
 
 
 @pytest.mark.parametrize("name", LOSSES)

@@ -1,12 +1,13 @@
 """Classes split over devices: the loss and every derivative of one device."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import contract, jit, target_forms
+from cases import contract, jit, mainly, target_forms
 from jax import export
 from jax.experimental import checkify
 from jax.sharding import NamedSharding
@@ -58,14 +59,18 @@ def _where(seed=1):
 
 
 @pytest.mark.parametrize(
-    ("shape", "axis_type"),
-    [
-        *((shape, AUTO) for shape in [(1, 1), (1, 2), (1, 4), (1, 8), (2, 2), (4, 2)]),
-        *(((2, 4), axis_type) for axis_type in (AUTO, EXPLICIT)),
-    ],
+    "case",
+    mainly(
+        [
+            *((shape, AUTO) for shape in [(1, 1), (1, 2), (1, 4), (1, 8), (2, 2), (4, 2)]),
+            *(((2, 4), axis_type) for axis_type in (AUTO, EXPLICIT)),
+        ],
+        *[((1, 1), AUTO), ((4, 2), AUTO), ((2, 4), EXPLICIT)],
+    ),
     ids=str,
 )
-def test_a_train_step_on_any_mesh_is_that_of_one_device(shape, axis_type):
+def test_a_train_step_on_any_mesh_is_that_of_one_device(case):
+    shape, axis_type = case
     rng = np.random.default_rng(2)
     params = {
         "hidden": jnp.asarray(rng.normal(size=(3, FEATURES)), jnp.float32),
@@ -94,7 +99,9 @@ def test_a_train_step_on_any_mesh_is_that_of_one_device(shape, axis_type):
     assert actual[1]["kernel"].sharding.shard_shape((FEATURES, CLASSES))[1] == CLASSES // shape[1]
 
 
-@pytest.mark.parametrize("form", target_forms(1, 2))
+@pytest.mark.parametrize(
+    "form", mainly(target_forms(1, 2), "labels", "dense", "two backgrounds", "teacher")
+)
 def test_every_target_form(form):
     targets, where = target_forms(EXAMPLES, CLASSES)[form], _where()
     logits = jnp.maximum(_logits(), -50.0)  # Every class is a target of some of the forms.
@@ -225,9 +232,18 @@ def test_invalid_labels_are_nan_in_their_row_alone():
 # Without a shard_map.
 
 
-@pytest.mark.parametrize("form", ["labels", "smoothed", "two backgrounds", "dense", "teacher"])
-@pytest.mark.parametrize("axis_type", [AUTO, EXPLICIT])
-def test_jit_splits_the_plain_loss_by_itself(axis_type, form):
+@pytest.mark.parametrize(
+    "case",
+    mainly(
+        itertools.product(
+            (AUTO, EXPLICIT), ("labels", "smoothed", "two backgrounds", "dense", "teacher")
+        ),
+        *[(AUTO, "labels"), (AUTO, "dense"), (EXPLICIT, "two backgrounds"), (EXPLICIT, "teacher")],
+    ),
+    ids=str,
+)
+def test_jit_splits_the_plain_loss_by_itself(case):
+    axis_type, form = case
     targets, logits = target_forms(EXAMPLES, CLASSES)[form], jnp.maximum(_logits(), -50.0)
     mesh = make_mesh((2, 4), ("data", "model"), axis_type)
     args = jax.tree.map(
@@ -256,7 +272,9 @@ def test_jit_splits_the_plain_loss_by_itself(axis_type, form):
 # Blocks of targets.
 
 
-@pytest.mark.parametrize("form", target_forms(1, 2))
+@pytest.mark.parametrize(
+    "form", mainly(target_forms(1, 2), "labels", "dense", "two backgrounds", "teacher")
+)
 def test_the_mass_on_blocks_makes_up_the_mass(form):
     targets = target_forms(6, 12)[form]
     dense = xentjax.dense_targets(targets, 12)

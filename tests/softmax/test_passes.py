@@ -9,7 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import INF, contract, exact_softmax_cross_entropy, rows_with_margins, target_forms
+from cases import (
+    INF,
+    contract,
+    exact_softmax_cross_entropy,
+    mainly,
+    rows_with_margins,
+    target_forms,
+)
 
 import xentjax
 from xentjax._jax.dtypes import wide_dtype
@@ -145,7 +152,7 @@ def test_each_keeps_the_contract(form, num_classes, dtype):
             assert not wrong[~bad].any(), (at, entries[wrong], gradient[row][wrong])
 
 
-@pytest.mark.parametrize("form", ["labels", "dense", "teacher", "prior"])
+@pytest.mark.parametrize("form", mainly(["labels", "dense", "teacher", "prior"], "dense", "prior"))
 def test_the_oracle_and_the_reference_are_right_to_50_digits(form):
     """The oracle above, and the plain formulas whose derivatives the engine uses."""
     with jax.enable_x64(True):

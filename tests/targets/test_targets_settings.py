@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import jit, target_forms
+from cases import jit, mainly, target_forms
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from meshes import AUTO, EXPLICIT, make_mesh
@@ -138,7 +138,7 @@ def test_an_empty_batch(function):
         assert a.shape == (tuple(0 if n == BATCH else n for n in b.shape))
 
 
-@pytest.mark.parametrize("axis_type", [AUTO, EXPLICIT], ids=["auto", "explicit"])
+@pytest.mark.parametrize("axis_type", mainly([AUTO, EXPLICIT], EXPLICIT), ids=str)
 @EACH_FUNCTION
 def test_a_batch_split_over_devices(function, axis_type):
     mesh = make_mesh((4,), ("data",), axis_type)
@@ -156,7 +156,7 @@ def test_a_batch_split_over_devices(function, axis_type):
                     assert x.shape[0] != BATCH or jax.typeof(x).sharding.spec[0] == "data"
 
 
-@EACH_FUNCTION
+@pytest.mark.parametrize("function", mainly(FUNCTIONS, "mix", "mixup"))
 def test_exported_with_a_symbolic_batch(function):
     (batch,) = jax.export.symbolic_shape("batch")
 
@@ -204,7 +204,7 @@ def test_no_nan_is_made_of_ignored_labels(function):
     assert np.isfinite(losses).all()
 
 
-@EACH_FUNCTION
+@pytest.mark.parametrize("function", mainly(FUNCTIONS, "reweight", "mixup"))
 def test_a_second_call_compiles_nothing(function, caplog):
     args = arguments("two backgrounds")
     FUNCTIONS[function](*args)

@@ -149,6 +149,11 @@ def as_mask(
     return mask
 
 
+def check_known(name: str, size: Any, counted: str) -> None:
+    """Refuses a size that `jax.export` knows by name alone, where sums depend on it."""
+    check(isinstance(size, int), f"{name}: expected a known number of {counted}, got {size}")
+
+
 def describe(x: Any) -> str:
     """Returns what an error says of an array: dtype and shape."""
     dtype = x.dtype if hasattr(x, "dtype") else jnp.result_type(x)

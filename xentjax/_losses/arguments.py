@@ -65,6 +65,8 @@ def as_logits(
     logits = checks.as_array(name, logits)
     checks.check_floating(name, logits)
     axes = checks.canonical_axes(axis, logits.ndim)
+    for a in axes:
+        checks.check_known(name, logits.shape[a], "classes")
     checks.check(
         all(logits.shape[a] > 0 for a in axes),
         f"{name}: expected at least one class along axis {axis}, got {checks.describe(logits)}",

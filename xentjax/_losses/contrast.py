@@ -75,6 +75,7 @@ def info_nce(
     checks.check_flag("symmetric", symmetric)
     tau = checks.as_positive("temperature", temperature)
     (num_pairs, features), num_keys = queries.shape, keys.shape[0]
+    checks.check_known("keys", num_keys, "rows")
     wanted = f"{num_pairs} keys, one for each query," if symmetric else f"at least {num_pairs} keys"
     checks.check(
         keys.shape[1] == features
@@ -249,7 +250,8 @@ def _by_blocks_of_rows(x, labels, tau, where, loss_of_row, axes):
         is_stranger = others & (every_label != label)
         return jnp.where(keep, loss_of_row(every @ query, is_partner, is_stranger), 0)
 
-    return jax.lax.map(of_row, rows, batch_size=min(ROWS, x.shape[0]))
+    is_known = isinstance(x.shape[0], int)  # It is not under `jax.export`, where each row is alone.
+    return jax.lax.map(of_row, rows, batch_size=min(ROWS, x.shape[0]) if is_known else None)
 
 
 def _nt_xent_of_row(similarities, is_partner, is_stranger):
