@@ -5,3 +5,5 @@ import jax
 jax.config.update("jax_num_cpu_devices", 8)
 # No Python line beside each operation of a compiled program: a tenth of the suite's time.
 jax.config.update("jax_traceback_in_locations_limit", 0)
+
+collect_ignore = ["support"]  # Its scripts would run on import; pytest looks there for doctests.
