@@ -1,7 +1,8 @@
 """What is computed for a law: losses and derivatives of every target form, compiled once a backend.
 
 A `Draw` is numbers for one batch. `evaluate(backend)(draw)` returns, for each form of targets, the
-losses, their gradient and other derivatives. Shapes never change, so that nothing compiles anew.
+losses, their gradient and other derivatives. Others return the same of a batch in pieces: blocks of
+the head, shards of the classes, microbatches. Shapes never change, so that nothing compiles anew.
 """
 
 import contextlib
@@ -12,10 +13,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from cases import jit
+from heads import linear_loss
 from hypothesis import strategies as st
+from jax.sharding import PartitionSpec as P
+from meshes import make_mesh, target_specs
 
 import xentjax
 from xentjax._softmax import passes
+from xentjax._softmax.head_plan import HeadPlan
 
 ROWS, CLASSES = 4, 6
 FORMS = ("labels", "dense", "smoothed", "prior", "mixed", "weighted", "teacher", "two backgrounds")
@@ -173,3 +178,116 @@ def evaluate(backend_name: str, masked: bool = False):
         return {f: answer(f, draw, draw.keep if masked else None) for f in forms}
 
     return compiled(every, EXAMPLE, backend_name=backend_name)
+
+
+# A batch in pieces.
+
+
+@functools.cache
+def head(form: str, plan: HeadPlan):
+    """Returns (draw, inputs, kernel) -> losses and gradients of a head in blocks."""
+
+    def both(draw, inputs, kernel):
+        def losses_of(inputs, kernel):
+            targets = targets_of(form, draw)
+            return linear_loss(inputs, kernel, targets, reduction="none", plan=plan)
+
+        losses, pull_back = jax.vjp(losses_of, inputs, kernel)
+        return losses, *pull_back(draw.cotangents)
+
+    return compiled(both, EXAMPLE, EXAMPLE.masses[:, :ROWS], EXAMPLE.logits)
+
+
+PADDED = 8
+
+
+@functools.cache
+def split_by_class(form: str, devices: int):
+    """Returns draw -> (losses, gradient) with the classes, two of them padding, on some devices."""
+    mesh = make_mesh((1, devices), ("data", "model"))
+
+    def padded(x):
+        return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, PADDED - CLASSES)])
+
+    def losses_of(logits, targets, where):
+        return xentjax.vocab_parallel_softmax_cross_entropy(
+            logits, targets, axis_name="model", where=where
+        )
+
+    def both(draw):
+        targets = {
+            "labels": lambda: draw.labels,
+            "dense": lambda: padded(draw.masses),
+            "prior": lambda: xentjax.smooth_labels(
+                draw.labels, draw.share, background=padded(prior_of(draw))
+            ),
+        }[form]()
+        of_classes = P("data", "model")
+        on_mesh = jax.shard_map(
+            losses_of,
+            mesh=mesh,
+            in_specs=(of_classes, target_specs(targets), of_classes),
+            out_specs=P("data"),
+        )
+        where = padded(jnp.ones((ROWS, CLASSES), bool))
+        losses, pull_back = jax.vjp(lambda z: on_mesh(z, targets, where), padded(draw.logits))
+        return losses, pull_back(draw.cotangents)[0]
+
+    return compiled(both, EXAMPLE)
+
+
+@functools.cache
+def split_by_example(form: str, devices: int, microbatches: int):
+    """Returns (draw, weights) -> (mean, its gradient to a bias of the logits), in pieces."""
+
+    def loss_fn(bias, batch):
+        logits, targets, where, weights = batch
+        logits = logits + jnp.broadcast_to(bias, logits.shape)
+        losses = xentjax.softmax_cross_entropy(logits, targets, where=where)
+        return xentjax.weighted_sum(losses, where=where, weights=weights)
+
+    split = functools.partial(xentjax.accumulate_gradients, microbatches=microbatches)
+    if devices > 1:
+        mesh = make_mesh((devices,), ("data",))
+        split = functools.partial(xentjax.data_parallel, mesh=mesh, microbatches=microbatches)
+
+    def both(draw, weights):
+        batch = draw.logits, targets_of(form, draw), draw.keep, weights
+        return split(loss_fn)(jnp.zeros(CLASSES), batch)
+
+    return compiled(both, EXAMPLE, EXAMPLE.cotangents)
+
+
+@functools.cache
+def information():
+    """Returns (p, q) -> {function: (in nats, in bits)}."""
+    functions = {
+        "surprisal": lambda p, q, base: xentjax.surprisal(p, base=base),
+        "entropy": lambda p, q, base: xentjax.entropy(p, base=base),
+        "cross_entropy": lambda p, q, base: xentjax.cross_entropy(p, q, base=base),
+        "kl_divergence": lambda p, q, base: xentjax.kl_divergence(p, q, base=base),
+        "js_divergence": lambda p, q, base: xentjax.js_divergence(p, q, base=base),
+    }
+
+    def every(p, q):
+        return {name: (f(p, q, None), f(p, q, 2)) for name, f in functions.items()}
+
+    return compiled(every, EXAMPLE.logits, EXAMPLE.logits)
+
+
+@functools.cache
+def mixed_before_and_after():
+    """Returns draw -> {function: its masses of mixed targets, the mixed masses of its targets}."""
+    functions = {
+        "smooth_labels": lambda t, d: xentjax.smooth_labels(t, d.share, background=prior_of(d)),
+        "reweight_targets": lambda t, d: xentjax.reweight_targets(t, d.class_weights),
+    }
+
+    def both(function, draw):
+        one, other = draw.labels, targets_of("teacher", draw)
+        share = jnp.abs(draw.cotangents) / 2
+        before = function(xentjax.mix_targets(one, other, share), draw)
+        after = xentjax.mix_targets(function(one, draw), function(other, draw), share)
+        return [xentjax.dense_targets(t, CLASSES) for t in (before, after)]
+
+    return compiled(lambda d: {name: both(f, d) for name, f in functions.items()}, EXAMPLE)

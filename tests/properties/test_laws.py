@@ -4,12 +4,28 @@ A law takes the `evaluate` of a backend and a draw. `make test` draws a few exam
 `make prove` many.
 """
 
+import functools
+import itertools
 import math
 
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
-from laws import BACKENDS, CLASSES, FORMS, ROWS, draws, evaluate
+from laws import (
+    BACKENDS,
+    CLASSES,
+    FORMS,
+    ROWS,
+    draws,
+    evaluate,
+    head,
+    information,
+    mixed_before_and_after,
+    split_by_class,
+    split_by_example,
+)
+
+from xentjax._softmax.head_plan import HeadPlan
 
 LAWS = {}
 ULP = 2.0**-23
@@ -190,12 +206,12 @@ def a_class_that_comes_twice_has_both_its_weights(run, draw):
 @law
 def a_gradient_is_linear_in_its_cotangent(run, draw):
     want = run(draw)
-    for factor in (2.0**16, 2.0**-16, -1.0):
-        scaled = run(draw._replace(cotangents=draw.cotangents * np.float32(factor)))
+    for factor in map(np.float32, (1e5, 1e-5, -1, 0)):
+        scaled = run(draw._replace(cotangents=draw.cotangents * factor))
         for form, a in want.items():
-            np.testing.assert_allclose(
-                scaled[form].gradient, a.gradient * factor, rtol=4 * ULP, atol=1e-36 * abs(factor)
-            )
+            error = np.abs(scaled[form].gradient - a.gradient * factor)
+            scale = np.abs(draw.cotangents * factor)[:, None] * entry_scale(a)
+            assert (error <= 2 * ULP * scale + 1e-36).all()
 
 
 @law
@@ -304,21 +320,8 @@ def a_prior_that_is_uniform_is_the_uniform_background(run, draw):
     assert_same(answers["two backgrounds"], answers["smoothed"], draw)
 
 
-@pytest.mark.parametrize("backend", ["portable", "cpu in windows"])
-@pytest.mark.parametrize("name", LAWS)
-def test_law(name, backend):
-    check(name, backend, examples=5)
-
-
-@pytest.mark.prove
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", LAWS)
-def test_law_at_length(name, backend):
-    check(name, backend, examples=300)
-
-
-def check(name, backend, examples):
-    run = evaluate(backend)
+def on_draws(holds, examples=5):
+    """Calls `holds` with so many draws."""
 
     @settings(
         max_examples=examples,
@@ -328,19 +331,30 @@ def check(name, backend, examples):
         suppress_health_check=[HealthCheck.differing_executors],
     )
     @given(draws)
-    def on_draws(draw):
-        LAWS[name](run, draw)
+    def each(draw):
+        holds(draw)
 
-    on_draws()
+    each()
+
+
+@pytest.mark.parametrize("backend", ["portable", "cpu in windows"])
+@pytest.mark.parametrize("name", LAWS)
+def test_law(name, backend):
+    on_draws(functools.partial(LAWS[name], evaluate(backend)))
+
+
+@pytest.mark.prove
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", LAWS)
+def test_law_at_length(name, backend):
+    on_draws(functools.partial(LAWS[name], evaluate(backend)), examples=300)
 
 
 @pytest.mark.parametrize("backend", ["portable", "cpu in windows"])
 def test_masked_examples_are_as_good_as_removed(backend):
     """Of an example that is masked out everything is 0; the others have what they have alone."""
 
-    @settings(max_examples=5, derandomize=True, database=None, deadline=None)
-    @given(draws)
-    def on_draws(draw):
+    def holds(draw):
         want = evaluate(backend)(draw)
         for form, a in evaluate(backend, masked=True)(draw).items():
             scale = np.abs(draw.logits).max() + (1 + np.abs(draw.tangents).max()) * a.masses.max()
@@ -350,4 +364,110 @@ def test_masked_examples_are_as_good_as_removed(backend):
                 # The compiler may sum in another order.
                 assert_near(got[draw.keep], alone[draw.keep], 2 * scale + alone[draw.keep], draw)
 
-    on_draws()
+    on_draws(holds)
+
+
+# A batch in pieces is the batch.
+
+
+def few_and_many(cases, *chosen):
+    """Returns (case, number of draws): few of the chosen for `make test`, many of all to prove."""
+    few = [(case, 5) for case in chosen]
+    return few + [pytest.param(case, 100, marks=pytest.mark.prove) for case in cases]
+
+
+PLANS = [
+    HeadPlan(tokens, classes, keeps)
+    for (tokens, classes), keeps in itertools.product([(4, 6), (1, 1), (3, 4)], [True, False])
+]
+
+
+@pytest.mark.parametrize(
+    ("case", "examples"),
+    few_and_many(
+        itertools.product(["dense", "two backgrounds"], PLANS),
+        ("two backgrounds", HeadPlan(3, 4, True)),
+        ("dense", HeadPlan(3, 4, False)),
+    ),
+    ids=str,
+)
+def test_a_head_in_blocks_of_any_size_is_the_loss_of_its_logits(case, examples):
+    def holds(draw):
+        inputs, kernel = draw.masses[:, :ROWS], draw.logits
+        whole = draw._replace(logits=inputs @ kernel)  # Exact: no number has more than 24 bits.
+        want = evaluate("portable")(whole)[case[0]]
+        losses, of_inputs, of_kernel = head(*case)(draw, inputs, kernel)
+        scale = np.abs(draw.cotangents)[:, None] * entry_scale(want)
+        assert_near(losses, want.losses, want.losses + want.masses.sum(-1), whole)
+        assert_near(of_inputs, want.gradient @ kernel.T, scale @ np.abs(kernel.T), whole)
+        assert_near(of_kernel, inputs.T @ want.gradient, inputs.T @ scale, whole)
+
+    on_draws(holds, examples)
+
+
+@pytest.mark.parametrize(
+    ("case", "examples"),
+    few_and_many(
+        itertools.product(["labels", "dense", "prior"], [1, 2, 4, 8]), ("dense", 2), ("prior", 8)
+    ),
+    ids=str,
+)
+def test_classes_on_any_number_of_devices_have_the_losses_of_one(case, examples):
+    def holds(draw):
+        want = evaluate("portable")(draw)[case[0]]
+        losses, gradient = split_by_class(*case)(draw)
+        assert_same(want._replace(losses=losses, gradient=gradient[:, :CLASSES]), want, draw)
+        np.testing.assert_array_equal(gradient[:, CLASSES:], 0)
+
+    on_draws(holds, examples)
+
+
+@pytest.mark.parametrize(
+    ("case", "examples"),
+    few_and_many(
+        [
+            *itertools.product(["labels", "teacher"], [1], [1, 2, 4]),
+            *itertools.product(["labels", "teacher"], [2, 4], [1]),
+            ("teacher", 2, 2),
+        ],
+        ("teacher", 1, 4),
+        ("labels", 2, 2),
+    ),
+    ids=str,
+)
+def test_microbatches_and_devices_have_the_mean_of_the_whole_batch(case, examples):
+    def holds(draw):
+        weights = np.abs(draw.cotangents)
+        total = (weights * draw.keep).sum()
+        share = np.where(draw.keep & (weights > 0), weights / np.maximum(total, 1e-30), 0)
+        share = share.astype(np.float32)
+        want = evaluate("portable")(draw._replace(cotangents=share))[case[0]]
+        mean, gradient = split_by_example(*case)(draw, weights)
+        scale = want.losses + want.masses.sum(-1)
+        assert_near(mean, share @ want.losses, share @ scale, draw)
+        assert_near(gradient, want.gradient.sum(0), share @ entry_scale(want), draw)
+
+    on_draws(holds, examples)
+
+
+# Information and mixtures.
+
+
+@pytest.mark.parametrize("examples", [5, pytest.param(300, marks=pytest.mark.prove)])
+def test_bits_are_nats_over_log_2(examples):
+    def holds(draw):
+        p, q = (np.abs(x) + np.float32(0.0625) for x in (draw.masses, draw.tangents))
+        p, q = (x / x.sum(-1, keepdims=True) for x in (p, q))
+        for name, (nats, bits) in information()(p, q).items():
+            np.testing.assert_allclose(bits * math.log(2), nats, rtol=2 * ULP, err_msg=name)
+
+    on_draws(holds, examples)
+
+
+@pytest.mark.parametrize("examples", [5, pytest.param(300, marks=pytest.mark.prove)])
+def test_targets_are_mixed_before_or_after_they_are_smoothed_or_weighted(examples):
+    def holds(draw):
+        for name, (before, after) in mixed_before_and_after()(draw).items():
+            np.testing.assert_allclose(before, after, rtol=8 * ULP, err_msg=name)
+
+    on_draws(holds, examples)
