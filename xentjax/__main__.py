@@ -196,6 +196,15 @@ def _add_bench_options(parser: argparse.ArgumentParser) -> None:
         const="map",
         help="xentjax beside optax alone, at many sizes: speed and compile time of each case",
     )
+    plans.add_argument(
+        "--head-plan",
+        nargs="?",
+        const=(),
+        type=_head,
+        metavar="NxDxV",
+        help="how a head of N tokens, D features and V classes is cut up, and its predicted cost; "
+        "without NxDxV, every head of the benchmark; nothing is measured",
+    )
     parser.add_argument(
         "--cases",
         type=lambda text: tuple(text.strip().split(",")),
@@ -231,6 +240,15 @@ def _number(kind: type[int] | type[float], low: float, high: float) -> Callable[
         return value
 
     return read
+
+
+def _head(text: str) -> tuple[tuple[int, ...]]:
+    """Reads the sizes of a head."""
+    found = re.fullmatch("x".join([r"([1-9]\d{0,8})"] * 3), text, re.ASCII)
+    if found is None:
+        expected = "expected tokens x features x classes, as in 2048x768x50257"
+        raise argparse.ArgumentTypeError(f"{expected}, got {text!r}")
+    return (tuple(map(int, found.groups())),)
 
 
 def _picture(text: str) -> Path:

@@ -251,7 +251,10 @@ def slopes_of(name, p, q):
     return first, (q / (2 * p * m), -1 / (2 * m), p / (2 * q * m))
 
 
-@pytest.mark.parametrize("name", ["cross_entropy", "kl_divergence", "js_divergence"])
+@pytest.mark.parametrize(
+    "name",
+    mainly(["cross_entropy", "kl_divergence", "js_divergence"], "kl_divergence", "js_divergence"),
+)
 def test_derivatives_at_small_probabilities(name):
     """The derivative of a quotient a / b divides by b², which underflows here; in a loop too."""
     p, q = SMALL, SMALL * RATIO

@@ -243,13 +243,18 @@ def strictly(x64):
         yield
 
 
-@pytest.mark.parametrize("case", mainly(CASES, *CORE), ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
 def test_float32_is_float32_under_x64_and_strict_promotion(case):
+    """Every function is traced; losses are run too."""
     name, form_name = case
-    want = plain_result(name, form_name)
-    assert {x.dtype for x in jax.tree.leaves(want)} == {np.dtype(np.float32)}
     with strictly(x64=True):
-        assert_same(jit(value_and_gradient(name))(Z, form(form_name), KEEP), want)
+        function = jit(value_and_gradient(name))
+        out = jax.eval_shape(function, Z, form(form_name), KEEP)
+        assert {x.dtype for x in jax.tree.leaves(out)} == {np.dtype(np.float32)}
+        if case in CORE_OF_LOSSES:
+            answer = function(Z, form(form_name), KEEP)
+    if case in CORE_OF_LOSSES:
+        assert_same(answer, plain_result(name, form_name))
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)

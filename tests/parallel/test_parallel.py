@@ -51,9 +51,7 @@ MESHES = [
 ]
 
 
-@pytest.mark.parametrize(
-    "case", mainly(MESHES, (1, AUTO, 1), (8, AUTO, 1), (8, EXPLICIT, 3)), ids=str
-)
+@pytest.mark.parametrize("case", mainly(MESHES, (1, AUTO, 1), (8, EXPLICIT, 3)), ids=str)
 def test_many_devices_are_one(case):
     devices, axis_type, microbatches = case
     params, batch = make_params(), make_batch()

@@ -153,7 +153,7 @@ def test_confident_predictions_stay_exact():
         assert np.all(np.abs(a - d) <= 2 * bound * np.abs(d) + np.finfo(np.float32).tiny)
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("dtype", mainly([jnp.bfloat16, jnp.float16], jnp.bfloat16))
 def test_low_precision(dtype):
     logits, labels = _logits(dtype=dtype), target_forms(EXAMPLES, CLASSES)["labels"]
     labels = labels.at[4].set(15)

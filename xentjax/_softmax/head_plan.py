@@ -59,10 +59,10 @@ ACCELERATOR = Machine(
 )
 """The traffic of the kernel's accumulator takes about an eighth of the time of the matmuls.
 
-Each block of classes adds to the inputs' gradient: blocks are large, so that this takes a third of
-that time at most. At 16384 tokens, 4096 features and 128256 classes of bfloat16, the accumulator
-alone needs 2 GiB: no plan has at once less than 3 GiB of temporaries and less than 23% of traffic,
-nor less than 15% of traffic and less than 3.7 GiB.
+Every block of classes adds to the inputs' gradient: blocks are so large that this takes less than a
+quarter as long. More of the one or the other is paid in memory. At 16384 tokens, 4096 features and
+128256 classes of bfloat16, where the accumulator is 2 GiB, no plan has 15% of traffic in less than
+3.7 GiB of temporaries, and none has less than 24% in 3 GiB.
 """
 
 RECOMPUTED_TOKENS = 1024
@@ -167,17 +167,21 @@ def predict(plan: HeadPlan, sizes: Sizes, operand_itemsize: int) -> Cost:
     one = 2 * n * d * v
     chunks, pieces = math.ceil(n / plan.tokens), math.ceil(v / plan.classes)
     of_kernel, of_inputs = itemsize * d * v, itemsize * n * d
-    # In a block: the gradient of its logits in the arithmetic and as an operand, and of its kernel.
+    is_narrow = operand_itemsize < itemsize  # Wide sums are the results themselves.
+    # A chunk's inputs and their gradient. In a block: the gradient of its logits in the arithmetic
+    # and as an operand, and of its kernel.
+    chunk = plan.tokens * d * (itemsize + operand_itemsize)
     block = plan.classes * (plan.tokens * (itemsize + operand_itemsize) + itemsize * d)
     if not plan.keeps_logits:
         # The logits are made twice, and the inputs' gradient is added to by every block of classes.
         passes = 2 * n * v * (2 * itemsize) + n * v * operand_itemsize
-        return Cost(4 * one, 2 * pieces * of_inputs, passes, block + of_inputs)
+        sums = of_inputs if is_narrow else 0
+        return Cost(4 * one, 2 * pieces * of_inputs, passes, chunk + block + sums)
     passes = n * v * (2 * itemsize + operand_itemsize)
-    narrow = of_kernel if operand_itemsize < itemsize else 0  # Wide sums are the result itself.
+    sums = of_kernel if is_narrow else 0
     return Cost(
         3 * one,
         2 * chunks * of_kernel + 2 * pieces * of_inputs,
         passes,
-        plan.tokens * v * itemsize + block + narrow,
+        plan.tokens * v * itemsize + chunk + block + sums,
     )

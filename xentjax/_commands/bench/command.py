@@ -23,7 +23,7 @@ import jax
 import numpy as np
 
 import xentjax
-from xentjax._commands.bench import cases, report, speed_map, timing
+from xentjax._commands.bench import cases, head_plans, report, speed_map, timing
 from xentjax._commands.bench.cases import Case, Plan
 from xentjax._commands.bench.contenders import CONTENDERS
 from xentjax._commands.bench.timing import REFERENCE, TOLERANCE, Measurement, Outcome
@@ -34,7 +34,13 @@ PACKAGES = ("jax", "jaxlib", "numpy", "optax", "torch", "tokamax")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Measures, prints the tables, saves record and picture; returns the exit code."""
+    """Measures, prints the tables, saves record and picture; returns the exit code.
+
+    With --head-plan it prints plans alone.
+    """
+    if arguments.head_plan is not None:
+        print("\n".join(head_plans.tables(arguments.head_plan)))
+        return 0
     start = time.perf_counter()
     plan = cases.PLANS[arguments.plan]
     if arguments.rounds is not None:
