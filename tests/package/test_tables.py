@@ -8,6 +8,7 @@ answers that PyTorch gave (`support/torch_answers.json`); others beside the form
 import ast
 import functools
 import inspect
+import itertools
 import json
 import re
 from pathlib import Path
@@ -17,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from cases import jit
+from cases import jit, mainly
 from formulas import FORMULAS
 from jax.sharding import PartitionSpec as P
 from meshes import make_mesh
@@ -263,11 +264,17 @@ def number(cell):
     return float(re.sub(r",(?=\d{3})| MiB", "", cell))
 
 
-def memory_of(loss, tokens, classes, dtype=jnp.float32, argnums=(0, 1)):
+def memory_of(loss, tokens, classes, dtype=jnp.float32, has_teacher=False, **options):
     """Returns MiB of (temporaries, gradients) on each device for a loss and its gradients."""
-    shapes = ((tokens, FEATURES), dtype), ((FEATURES, classes), dtype), ((tokens,), jnp.int32)
-    arguments = [jax.ShapeDtypeStruct(*shape) for shape in shapes]
-    compiled = jax.jit(jax.value_and_grad(loss, argnums)).lower(*arguments).compile()
+    shape = jax.ShapeDtypeStruct
+    head = shape((tokens, FEATURES), dtype), shape((FEATURES, classes), dtype)
+    targets = xentjax.LinearTargets(*head) if has_teacher else shape((tokens,), jnp.int32)
+
+    def function(inputs, kernel, targets, options):
+        return loss(inputs, kernel, targets, **options)
+
+    gradients = jax.jit(jax.value_and_grad(function, (0, 1)))
+    compiled = gradients.lower(*head, targets, options).compile()
     memory = compiled.memory_analysis()
     return memory.temp_size_in_bytes / MIB, memory.output_size_in_bytes / MIB
 
@@ -277,16 +284,49 @@ def assert_as_printed(actual, printed):
     assert 0.9 * printed - 1 <= actual <= 1.1 * printed + 1
 
 
+# The heads of the README's table, and the columns of their figures.
+HEADS = {
+    "labels": {},
+    "labels, `class_mask` and `z_loss`": {
+        "class_mask": jax.ShapeDtypeStruct((256000,), jnp.bool),
+        "z_loss": jax.ShapeDtypeStruct((), jnp.float32),
+    },
+    "labels, `where`, however much it masks": {"where": jax.ShapeDtypeStruct((8192,), jnp.bool)},
+    "a teacher of the same size": {"has_teacher": True},
+}
+BUDGET_0 = ", `memory_budget=0`"
+COLUMNS = ("float32", "float32" + BUDGET_0, "bfloat16", "bfloat16" + BUDGET_0)
+FIGURES = {
+    row[0]: dict(zip(COLUMNS, row[1:], strict=True)) for row in rows_of("the head of", *COLUMNS)
+}
+
+
+def test_the_table_has_every_head():
+    assert set(FIGURES) == set(HEADS)
+
+
 @is_readmes_jax
 @pytest.mark.parametrize(
-    "row", rows_of("dtype", "default", "`memory_budget=0`"), ids=lambda row: row[0]
+    "case",
+    mainly(
+        itertools.product(HEADS, COLUMNS),
+        ("labels", "float32"),
+        ("labels", "bfloat16"),
+        ("labels, `where`, however much it masks", "float32" + BUDGET_0),
+        ("a teacher of the same size", "bfloat16" + BUDGET_0),
+    ),
+    ids=", ".join,
 )
-def test_memory_of_the_head(row):
-    """The default; `losses/test_linear_memory.py` has limits for a budget of 0."""
-    dtype, gradients = re.fullmatch(r"(\w+) \(gradients: (.*)\)", row[0]).groups()
-    actual = memory_of(xentjax.linear_softmax_cross_entropy, 8192, 256000, dtype)
-    assert_as_printed(actual[0], number(row[1]))
-    assert_as_printed(actual[1], number(gradients))
+def test_memory_of_the_head(case):
+    head, column = case
+    dtype, _, budget = column.partition(",")
+    loss = functools.partial(
+        xentjax.linear_softmax_cross_entropy, memory_budget=0 if budget else None
+    )
+    temporaries, gradients = memory_of(loss, 8192, 256000, dtype, **HEADS[head])
+    assert_as_printed(temporaries, number(FIGURES[head][column]))
+    (printed,) = re.findall(rf"([\d,]+ MiB) in {dtype}", README)
+    assert_as_printed(gradients, number(printed))
 
 
 CLASSES = (32000, 128000, 256000)
