@@ -1,6 +1,6 @@
 """Cross-entropy and its family for JAX: exact, small in memory, right on every device.
 
-Targets: what the truth looks like.
+Targets: the forms that the truth has.
   SparseTargets: mass on K classes for each example, and the rest spread over a background
   LinearTargets: the softmax of a teacher's head, whose logits are never all in memory
   Targets: the type of labels, dense masses and SparseTargets
@@ -32,7 +32,7 @@ Losses of yes or no.
   smooth_binary_labels: label smoothing of yes and no
 
 Shapes of a loss of hard labels.
-  focal: counts less what is probable already
+  focal: less where the label is probable already
   poly1: counts 1 − p more, or less
   generalized: robust to wrong labels
 
@@ -60,7 +60,7 @@ Contrast: the pairs of a batch, without all similarities in memory.
 
 Margins: the loss when the label's logit is lower.
   additive_margin: by a number, as in CosFace
-  angular_margin: what a larger angle takes from a cosine, as in ArcFace
+  angular_margin: to its cosine at a larger angle, as in ArcFace
 
 Means that stay right over masks, weights, microbatches and devices.
   weighted_mean: the mean of losses
@@ -163,7 +163,7 @@ from xentjax._targets.types import SparseTargets, Targets
 __version__ = "0.1.0"
 
 __all__ = [
-    # What the truth looks like.
+    # The forms that the truth has.
     "SparseTargets",
     "LinearTargets",
     "Targets",

@@ -2,7 +2,7 @@
 
 A command is a parser made in `_parser`, under the name a user types, and `run(arguments)` in the
 module of that name in `_commands`. The module is imported when its command is called,
-so that no command needs what only another one uses.
+so that no command needs a package that only another one uses.
 """
 
 import argparse

@@ -238,7 +238,7 @@ def measure(epoch: Epoch, labels: np.ndarray) -> Result:
 
 
 def report(results: dict[str, Result]) -> list[str]:
-    """Returns the table, and what its words mean, as lines."""
+    """Returns the table, and the meanings of its words, as lines."""
     difference = max(result.optax_difference() for result in results.values())
     words = [
         ("confidence", "mean probability of the predicted class"),

@@ -288,7 +288,7 @@ def largest_difference(courses: dict[str, Course]) -> tuple[float, int]:
 
 
 def report(courses: dict[str, Course], num_logits: int) -> list[str]:
-    """Returns the table, and what its words mean, as lines."""
+    """Returns the table, and the meanings of its words, as lines."""
     difference, step = largest_difference(courses)
     logits = f"the logits alone are {4 * num_logits / 2**20:.1f} MiB"
     words = [

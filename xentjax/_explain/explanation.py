@@ -111,7 +111,7 @@ class Explanation:
 
     @property
     def kl_divergence(self) -> np.ndarray:
-        """KL(t ‖ p) = H(t, p) − H(t), what a better prediction would save, [...]."""
+        """KL(t ‖ p) = H(t, p) − H(t), the most that a better prediction saves, [...]."""
         truth, surprisals = self._outcomes()
         own = _log(np.where(truth == 0, 1.0, truth)) / _nats(self.base)  # 0 · log 0 = 0.
         return _products(truth, own + surprisals).sum(-1)
@@ -298,7 +298,7 @@ def _tolerance(prediction: Any) -> float:
 
 
 def _as_logits(numbers: np.ndarray, given: str, link: str, tolerance: float) -> np.ndarray:
-    """Returns float64 logits: log p for probabilities; raises ValueError for what is none."""
+    """Returns float64 logits: log p for probabilities; raises ValueError for other numbers."""
     if given == "logits":
         _check_logits(numbers, link)
         return numbers

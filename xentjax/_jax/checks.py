@@ -104,7 +104,7 @@ def check_interval(name: str, x: Any, low: float, high: float) -> None:
 def as_positive(name: str, x: Any) -> jax.Array:
     """Returns a scalar in [1e-30, 1e30] as an array of floats; a traced one is not looked at.
 
-    Quotients by it are then far from overflow, and from what XLA's CPU code makes 0 (0.10.2).
+    Quotients by it are then far from overflow, and from numbers that XLA's CPU code flushes to 0.
     """
     kind = "a positive number from 1e-30 to 1e30"
     return _as_scalar(name, x, kind, lambda value: 1e-30 <= value <= 1e30)
@@ -155,6 +155,6 @@ def check_known(name: str, size: Any, counted: str) -> None:
 
 
 def describe(x: Any) -> str:
-    """Returns what an error says of an array: dtype and shape."""
+    """Returns the dtype and shape of an array, as errors have them."""
     dtype = x.dtype if hasattr(x, "dtype") else jnp.result_type(x)
     return f"{dtype}{list(jnp.shape(x))}"

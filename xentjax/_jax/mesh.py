@@ -1,4 +1,4 @@
-"""The axes of a mesh: their names, and what varies along them."""
+"""The axes of a mesh: their names, and the arrays that vary along them."""
 
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any

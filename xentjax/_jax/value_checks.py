@@ -24,15 +24,15 @@ def value_checks() -> Iterator[None]:
     It checks that labels are in [0, V); that target masses, class weights and weights are ≥ 0; that
     probabilities and binary targets are in [0, 1], and distributions sum to 1; that logits are
     below +inf; and that neither they nor the inputs, kernel and bias of a head are NaN. It does not
-    look at what `where` drops. Without it, such labels give NaN, other values count as they are,
-    and nothing is spent: compiled programs are the same.
+    look at values that `where` drops. Without it, such labels give NaN, other values count as they
+    are, and nothing is spent: compiled programs are the same.
 
     In a compiled function (`jax.jit`, `jax.shard_map`, the body of `jax.lax.scan`) a check is one
     of `jax.experimental.checkify`, and an error without it. Write
     `error, value = checkify.checkify(jax.jit(f))(...)`, and then `error.throw()`. In a `shard_map`
     it takes a mesh of automatic axes, and a loop that is differentiated in reverse drops the checks
-    in its body, so check the value (both jax 0.10.2). What was compiled before the switch was on
-    stays as it was.
+    in its body, so check the value (both jax 0.10.2). Functions that were compiled before
+    the switch was on stay as they were.
 
     Example:
       >>> import jax.numpy as jnp

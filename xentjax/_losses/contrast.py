@@ -140,7 +140,7 @@ def nt_xent(
 
     Args:
       embeddings: x, float[N, D]; normalise rows first for cosine similarity.
-      labels: Of each embedding, int[N].
+      labels: The label of each embedding, int[N].
       temperature: τ, a positive scalar; it may be traced and differentiated.
       where: Embeddings to keep, bool[N]; the others have loss 0, and are nobody's partners.
       axis_name: As in `info_nce`: embeddings of all devices are gathered, and this device's are
@@ -184,7 +184,7 @@ def supervised_contrastive(
 
     Args:
       embeddings: x, float[N, D]; normalise rows first for cosine similarity.
-      labels: Of each embedding, int[N].
+      labels: The label of each embedding, int[N].
       temperature: τ, a positive scalar; it may be traced and differentiated.
       where: Embeddings to keep, bool[N]; the others have loss 0, and are nobody's partners.
       axis_name: As in `nt_xent`.

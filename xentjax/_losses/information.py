@@ -1,6 +1,6 @@
 """Surprisal, entropy, cross-entropy and the divergences of probabilities.
 
-Throughout 0 · log 0 = 0, with finite derivatives; probability 0 for what does happen costs +inf.
+Throughout 0 · log 0 = 0, with finite derivatives; probability 0 costs +inf where it does happen.
 """
 
 import functools
@@ -112,7 +112,7 @@ def cross_entropy(
 def kl_divergence(
     p: ArrayLike, q: ArrayLike, *, axis: int | Sequence[int] = -1, base: float | None = None
 ) -> Float[Array, "*batch"]:
-    """Kullback-Leibler divergence: what predicting q costs above predicting the truth p.
+    """Kullback-Leibler divergence: the cost of predicting q above that of the truth p.
 
     KL(p ‖ q) = Σ_v p_v · log(p_v / q_v) = H(p, q) − H(p)
 
@@ -255,7 +255,7 @@ def _js_divergence(p, q, axes):
 
         its value at b, c + ½ (p − b) log(b / k) + ½ (q − c) log(c / k) + ¼ bc / (b + c) · (x − y)²
 
-    and what is left of x log x from the third order on. So no derivative cancels.
+    and the rest of x log x, from the third order on. So no derivative cancels.
     """
     m = (p + q) / 2
     terms = _js_part(p, m) + _js_part(q, m) + _js_curvature(p, q) - _excess(m)

@@ -68,12 +68,12 @@ def linear_softmax_cross_entropy(
         loss +inf, and `reweight_targets(targets, class_mask.astype(float))` takes it away. With no
         class left, loss and gradient are 0.
       where: Tokens to keep, bool[...]; the others have loss and gradient 0.
-      weights: Of each token's loss, float[...].
+      weights: The weight of each token's loss, float[...].
       reduction: "mean" is Σ w · loss / Σ w over the tokens kept (0 if there are none), "sum" is
         Σ w · loss, "none" is w · loss for each token.
       z_loss: A scalar, 1e-4 for one; it may be traced and differentiated. None is 0.
-      logit_transform: An elementwise function of the logits, such as `soft_cap(30.0)`; what it
-        closes over is differentiated too.
+      logit_transform: An elementwise function of the logits, such as `soft_cap(30.0)`; arrays
+        that it closes over are differentiated too.
       memory_budget: Bytes for temporaries beside the gradients, which less may exceed by the
         smallest blocks that make sense. None takes half a GiB of logits, and the float32
         accumulator of the kernel's gradient where there is one.
@@ -119,7 +119,7 @@ def linear_softmax_cross_entropy_with_stats(
     logit_transform: LogitTransform | None = None,
     memory_budget: int | None = None,
 ) -> tuple[Float[Array, "*batch"], SoftmaxStats]:
-    """`linear_softmax_cross_entropy`, one loss per token, and what the logits told on the way.
+    """`linear_softmax_cross_entropy`, one loss per token, with statistics of the logits beside it.
 
     loss = Σ_v t_v · (lse(z) − z_v);   a z-loss is loss + c · log_normalizer²
 
@@ -234,7 +234,7 @@ class Tokens(NamedTuple):
       inputs: [N, D].
       mass: On this device's classes.
       mask: The tokens kept, bool[N], or None.
-      weights: Of their losses, [N].
+      weights: Those of their losses, [N].
       labels: The heaviest class of each, of all devices' classes, or None.
     """
 

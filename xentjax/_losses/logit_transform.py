@@ -118,7 +118,7 @@ class Elementwise:
 def converted(
     transform: LogitTransform | None, dtype: jnp.dtype, over: frozenset[Hashable]
 ) -> tuple[Callable[..., jax.Array], list[jax.Array], frozenset[Hashable]]:
-    """Returns (function(logits [N, V], *constants), constants): what it closes over as arguments.
+    """Returns (function(logits [N, V], *constants), constants): closed-over arrays as arguments.
 
     The third is the mesh axes that logits vary along: `over`, and those of the constants.
     """
@@ -203,7 +203,7 @@ _OTHER = "values of their place"
 def _mixing_operation(jaxpr, kinds):
     """Returns (the first operation that mixes logits, or None; the kinds of jaxpr's outputs).
 
-    `kinds` are those of the jaxpr's inputs; a number, and what is not there, is uniform.
+    `kinds` are those of the jaxpr's inputs; a number, and an input that is not there, is uniform.
     """
 
     def kind(x):

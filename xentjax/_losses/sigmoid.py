@@ -398,13 +398,13 @@ def _asymmetric(logits, targets, gamma_positive, gamma_negative, margin):
 
 
 def _sides(logits, like):
-    """Returns (softplus(−z), softplus(z)): what a yes and a no cost."""
+    """Returns (softplus(−z), softplus(z)): the costs of a yes and of a no."""
     every, none = jnp.ones_like(like), jnp.zeros_like(like)
     return apply(_SigmoidCrossEntropy(), logits, every), softplus(logits, none)
 
 
 def softplus(x: jax.Array, zeros: jax.Array) -> jax.Array:
-    """Returns log(1 + exp(x)), what a no costs."""
+    """Returns log(1 + exp(x)), the cost of a no."""
     return apply(_SigmoidCrossEntropy(), x, zeros)
 
 

@@ -40,8 +40,8 @@ def softmax_cross_entropy(
         class's; `value_checks` turns it into an error.
       axis: The class axis, or several; a label is then a flat index over them, in that order.
         Dense targets have the shape of the logits.
-      where: Of the loss's shape: examples to keep, the others have loss and gradient 0. Of the
-        logits' shape: classes to keep, the others have probability 0 (mass on them is loss +inf).
+      where: Examples to keep, in the loss's shape: the others have loss and gradient 0. Or classes
+        to keep, in the logits' shape: the others have probability 0 (mass on them is loss +inf).
 
     Returns:
       Losses in nats, float32 (float64 for float64 logits), of the logits' shape without `axis`.
@@ -71,7 +71,7 @@ def softmax_cross_entropy_with_stats(
     axis: int | Sequence[int] = -1,
     where: ArrayLike | None = None,
 ) -> tuple[Float[Array, "*batch"], SoftmaxStats]:
-    """`softmax_cross_entropy`, and what the same pass over the logits can tell beside it.
+    """`softmax_cross_entropy`, with statistics from the same pass over the logits beside it.
 
     loss = Σ_v t_v · (lse(z) − z_v);   a z-loss is loss + c · log_normalizer²
 
@@ -143,7 +143,7 @@ def losses_and_stats(
     Args:
       logits: z, [..., V].
       mass: On the classes of the logits.
-      mask: Of examples, or None.
+      mask: The mask of examples, or None.
       label: The heaviest class of all, int32[...].
       is_correct: Whether no class is heavier than the one given for each example.
       mesh_axes: Axes that the classes are split over.

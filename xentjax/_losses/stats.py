@@ -1,4 +1,4 @@
-"""What a softmax cross-entropy knows beside the loss, whichever way the logits are had."""
+"""The statistics of a softmax beside its cross-entropy, whichever way the logits are had."""
 
 from collections.abc import Hashable
 from typing import NamedTuple
@@ -12,7 +12,7 @@ from xentjax._targets.types import is_valid
 
 
 class SoftmaxStats(NamedTuple):
-    """What a softmax cross-entropy knows beside the loss; each of the loss's shape.
+    """The statistics of a softmax beside its cross-entropy; each of the loss's shape.
 
     Attributes:
       log_normalizer: lse(z) = log Σ_v exp(z_v), in nats; differentiable.

@@ -82,7 +82,7 @@ def _target_entropy(targets, num_classes):
         shape = (*types.batch_of(targets), num_classes)
         return _information(_written_out(mass, jnp.zeros(shape, dtype))).sum(-1)
     density = mass.density()
-    each = jnp.zeros((), dtype) if density is None else density  # Of a class that is no point.
+    each = jnp.zeros((), dtype) if density is None else density  # For a class that is no point.
     totals, is_class = _totals(*mass.points)
     of_points = jnp.where(is_class, _information(totals + each), 0).sum(-1)
     if density is None:

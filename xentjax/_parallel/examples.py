@@ -118,7 +118,7 @@ def _loss_beside_aux(outputs: Any) -> Any:
 
 
 def like_batch(batch: Any, of_examples: Any, of_all: Any) -> Any:
-    """Returns a tree like `batch`: `of_all` for what its examples share, `of_examples` elsewhere.
+    """Returns a tree like `batch`: `of_all` for parts all examples share, `of_examples` elsewhere.
 
     Examples share the background of SparseTargets.
     """

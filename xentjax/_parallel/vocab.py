@@ -41,7 +41,7 @@ def vocab_parallel_softmax_cross_entropy(
       targets: Labels or SparseTargets whose classes, and background [V], are those of all devices;
         or the shard of dense targets that goes with the logits.
       axis_name: The axis of the mesh, or axes, that the classes are split over.
-      where: Of the losses' shape: examples to keep. Of the logits' shape: classes to keep, as in
+      where: Examples to keep, in the losses' shape; or classes to keep, in the logits' shape, as in
         `softmax_cross_entropy`. If V does not divide by the devices, pad it and mask the padding.
 
     Returns:
@@ -51,7 +51,7 @@ def vocab_parallel_softmax_cross_entropy(
       TypeError: logits are not floating-point, where is not bool, or targets have a dtype that
         cannot be one.
       ValueError: A shape does not fit; the devices do not have a shard of logits each; or the
-        shard_map has `check_vma=False`, and derivatives would lose what crosses devices.
+        shard_map has `check_vma=False`, and derivatives would lose the terms that cross devices.
 
     Example:
       >>> import jax
@@ -84,7 +84,7 @@ def vocab_parallel_softmax_cross_entropy_with_stats(
     axis_name: AxisName,
     where: ArrayLike | None = None,
 ) -> tuple[Float[Array, "*batch"], SoftmaxStats]:
-    """`vocab_parallel_softmax_cross_entropy`, and what the same pass can tell beside it.
+    """`vocab_parallel_softmax_cross_entropy`, with statistics from the same pass beside it.
 
     loss = Σ_v t_v · (lse(z) − z_v);   a z-loss is loss + c · log_normalizer²
 
@@ -140,7 +140,7 @@ class _Shard(NamedTuple):
     Attributes:
       logits: [..., V / devices].
       mass: On the classes of the logits.
-      mask: Of examples, or None.
+      mask: The mask of examples, or None.
       whole_mass: The mass of all devices' classes where it is sparse.
       axes: Mesh axes that the classes are split over.
     """
@@ -206,7 +206,7 @@ def vocab_parallel_linear_softmax_cross_entropy(
       class_mask: This device's shard, bool[V / devices], of the classes that there are. If V does
         not divide by the devices, pad the kernel's classes and mask the padding.
       where: Tokens to keep, bool[...]; the others have loss and gradient 0.
-      weights: Of each token's loss, float[...].
+      weights: The weight of each token's loss, float[...].
       reduction: As in `linear_softmax_cross_entropy`, over this device's tokens. If tokens are
         split over devices too, the mean of these means is another number than their mean: sum, and
         divide the sum of all by the weight of all, as `data_parallel` does.
@@ -216,13 +216,13 @@ def vocab_parallel_linear_softmax_cross_entropy(
         None shares the half GiB of logits out among the devices along `axis_name`.
 
     Returns:
-      What `linear_softmax_cross_entropy` returns, the same on all devices along `axis_name`.
+      The losses of `linear_softmax_cross_entropy`, the same on all devices along `axis_name`.
 
     Raises:
       TypeError: As in `linear_softmax_cross_entropy`.
       ValueError: Shapes do not fit; an option is none of those above; the devices do not have a
         shard of the kernel each; or the shard_map has `check_vma=False`, and derivatives would lose
-        what crosses devices.
+        the terms that cross devices.
 
     Example:
       >>> import jax

@@ -1,4 +1,4 @@
-"""What both ways of the fused head are made of: logits of a block, and their pull-back."""
+"""The parts that both ways of the fused head share: logits of a block, and their pull-back."""
 
 import dataclasses
 from collections.abc import Callable, Hashable, Sequence
@@ -101,7 +101,7 @@ def over_devices(head: Head, part: PartialSoftmax) -> PartialSoftmax:
 
 
 class TokenGradient(NamedTuple):
-    """What the gradient of some tokens is made from.
+    """The numbers that the gradient of some tokens is made from.
 
     Attributes:
       whole: The PartialSoftmax of all classes.

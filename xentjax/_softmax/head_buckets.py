@@ -108,11 +108,11 @@ class Places(NamedTuple):
 
 
 class BucketGradient(NamedTuple):
-    """What the gradient of some tokens is made from.
+    """The numbers that the gradient of some tokens is made from.
 
     Attributes:
       rest: The logit of the last bucket, [N].
-      cotangents: Of the buckets, [N, K + 1].
+      cotangents: Those of the buckets, [N, K + 1].
     """
 
     rest: jax.Array

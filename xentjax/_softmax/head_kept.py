@@ -27,11 +27,11 @@ LARGEST_FLOAT16_COTANGENT = 64
 
 
 class Coefficients(NamedTuple):
-    """What a token counts for in a total.
+    """The factors of each token in a total.
 
     Attributes:
-      loss: Of its loss, [N].
-      squared_lse: Of the square of its log-normalizer, [N]: its z-loss. None: there is none.
+      loss: That of its loss, [N].
+      squared_lse: That of the square of its log-normalizer, [N], for a z-loss; or None.
     """
 
     loss: jax.Array

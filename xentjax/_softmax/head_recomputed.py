@@ -62,7 +62,7 @@ class HeadLosses(Rule):
 
 
 class Summary(NamedTuple):
-    """What is known once all classes are seen.
+    """The facts of each token that are known once all classes are seen.
 
     Attributes:
       whole: The PartialSoftmax of all classes.

@@ -20,7 +20,7 @@ class TeacherMass:
     Attributes:
       inputs: The teacher's features of each token, [N, D].
       params: Its kernel, bias and class mask.
-      temperature: What its logits are divided by.
+      temperature: The divisor of its logits.
       log_normalizer: lse(z) over all classes, [N]; None until it is known.
       logits: z, [N, V]; None where each block is made when it is read.
       head: The teacher's class axis.
@@ -90,7 +90,7 @@ def normalized(head: Head, mass: HeadMass, keeps_logits: bool = False) -> HeadMa
 
 
 def _shrunk(top, new_top):
-    """Returns exp(top − new_top), what a sum of exponentials is worth under a larger top."""
+    """Returns exp(top − new_top), the factor of a sum of exponentials under a larger top."""
     return jnp.exp(top - finite(new_top))
 
 

@@ -1,4 +1,4 @@
-"""What some classes tell of the softmax, and how that merges: a leader and the sum of the rest.
+"""The part of some classes in a softmax, and how parts merge: a leader and the sum of the rest.
 
 The classes are all of them, a block in a loop, or a shard on a device. The leader a is the class of
 the largest logit m = z_a among them. A PartialSoftmax keeps, for logits z and target mass t,
@@ -34,7 +34,7 @@ from xentjax._targets.mass import times
 
 
 class PartialSoftmax(NamedTuple):
-    """What some classes tell of the softmax; every field is [...].
+    """The part of some classes in a softmax; every field is [...].
 
     `gaps` is Σ_v exp(z_v − m) · (m − z_v). `mass_of_rest` is None where no gradient is asked for,
     and `gaps` where no entropy is. Where any class may be heavy, as of dense mass, the gradient
@@ -162,7 +162,7 @@ def entropy_gradient(whole: PartialSoftmax, logits: jax.Array, cotangent: jax.Ar
 
 
 class GradientTerms(NamedTuple):
-    """What an entry of the gradient needs to know of its example; every field is [...].
+    """The numbers of an example that its gradient is made from; every field is [...].
 
     An entry is per_exponential · exponential − loss_cotangent · t_v. Where `leader_is_heavy`, which
     is p_a > 1/2, that of the leader is loss_cotangent · Σ_{v≠a} t_v + of_leader. `mass` is

@@ -44,7 +44,7 @@ from xentjax._targets.mass import (
 )
 
 MAX_WHOLE_SUM = 2**14
-"""The CPU compiler makes an array of what longer sums add (jaxlib 0.10.2: from 2¹⁵ classes on)."""
+"""The CPU compiler makes an array of a longer sum's terms (jaxlib 0.10.2: from 2¹⁵ classes on)."""
 
 WINDOW = 2**11
 """So many classes are summed at a time where there are more."""
@@ -78,7 +78,7 @@ def summarise(
       logits: [..., V].
       mass: On these classes.
       with_gradient: Whether the gradient follows.
-      backend: What the platform has.
+      backend: The kind of code that the platform runs.
       shares_exponentials: Whether it follows outside of loops, so that XLA computes exponentials
         once for both.
     """
@@ -198,7 +198,7 @@ def gradient(
       mass: The mass on those classes.
       loss_cotangent: [...].
       lse_cotangent: [...].
-      backend: What the platform has.
+      backend: The kind of code that the platform runs.
       shares_exponentials: As in `summarise`.
     """
     terms = gradient_terms(whole, loss_cotangent, lse_cotangent)
@@ -209,7 +209,7 @@ def gradient(
         e = exponentials(z, own_m)
         leads = (z == own_m[..., None]) & terms.leader_is_heavy[..., None]
         density = scaled(loss_cotangent[..., None], cast(jax.Array, mass.density()))
-        # A float knows T to half an ulp, and so T − t_v: that is what the target says of the rest.
+        # A float knows T to half an ulp, and so T − t_v: the target says no more of the rest.
         of_leader = (terms.mass[..., None] - density) + terms.of_leader[..., None]
         entries = jnp.where(leads, of_leader, terms.per_exponential[..., None] * e - density)
         return _less_points(entries, terms, mass).astype(logits.dtype)

@@ -1,1 +1,1 @@
-"""The truth: what targets are, their mass, and the functions from targets to targets."""
+"""The truth: targets, their mass, and the functions from targets to targets."""

@@ -30,7 +30,7 @@ def sum_over_classes(x: jax.Array) -> jax.Array:
 
 
 def own_pass(*arrays: Any) -> Any:
-    """Returns arrays for a pass of its own: XLA would make an array of what two passes share.
+    """Returns arrays for a pass of its own: XLA would make an array of terms that two passes share.
 
     Passes with the same arrays, in the same order, are the same.
     """

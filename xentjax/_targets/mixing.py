@@ -62,7 +62,7 @@ def mixup(
     Args:
       key: A PRNG key; λ and the permutation π draw from different splits of it.
       inputs: A pytree of arrays float[batch, ...].
-      targets: Of the same batch: labels, dense or SparseTargets.
+      targets: Labels, dense or SparseTargets of the same batch.
       alpha: A finite number, not negative; 0 is no mixing: λ = 1, and each example is its own π.
       per_example: Whether each example has its own λ, or the batch shares one.
       where: The mask that the loss gets, bool of the targets' batch. A target that is masked out is
@@ -167,7 +167,7 @@ def cutmix(
     Args:
       key: A PRNG key; λ₀, the permutation π and the centre draw from different splits of it.
       images: An array of any dtype, [batch, ...].
-      targets: Of the same batch, or of [batch, height, width]: labels, dense or SparseTargets.
+      targets: Labels, dense or SparseTargets of the same batch, or of [batch, height, width].
       alpha: A finite number, not negative; 0 is no mixing: λ = 1, and each example is its own π.
       per_example: Whether each example has its own box, or the batch shares one.
       where: The mask that the loss gets, bool of the targets' batch. A target that is masked out is

@@ -1,4 +1,4 @@
-"""A teacher's largest probabilities as sparse targets, and what becomes of its tail.
+"""A teacher's largest probabilities as sparse targets, and the fate of its tail.
 
 The k largest classes and all others together are k + 1 outcomes, the buckets. Their logits are
 those of the k classes, and for the last bucket the log-normalizer of the other classes.
@@ -35,8 +35,8 @@ def top_k_targets(
       logits: The teacher's, float[..., V].
       k: How many classes to keep, at most V.
       temperature: A positive scalar, which divides the logits; it may be traced.
-      tail: What becomes of the other classes: "drop" leaves them out, and "background" is a
-        uniform background.
+      tail: The fate of the other classes: "drop" leaves them out, and "background" is a uniform
+        background.
 
     Returns:
       SparseTargets of total mass 1, the largest first, float32 (float64 for float64 logits). They
@@ -85,9 +85,9 @@ def teacher_targets(
 
     Args:
       indices: The classes, int[..., K].
-      log_probabilities: Of these classes, in nats, float[..., K]; −∞ fills up rows that have fewer.
-      tail: What becomes of the other classes: "drop" leaves them out, and "background" is a
-        uniform background.
+      log_probabilities: Those of these classes, in nats, float[..., K]; −∞ fills up shorter rows.
+      tail: The fate of the other classes: "drop" leaves them out, and "background" is a uniform
+        background.
 
     Returns:
       SparseTargets, float32 (float64 for float64), of total mass 1, or 0 where every

@@ -21,7 +21,7 @@ from xentjax._targets.types import AnyTargets, SparseTargets, Targets
 
 Floats = ArrayLike | Sequence[float]
 Sparse = SparseTargets | int | Sequence[int] | npt.NDArray[np.integer[Any]]
-"""What a type checker can tell from dense targets; it does not see the dtype of a jax array."""
+"""All that a type checker can tell from dense targets; it does not see the dtype of a jax array."""
 
 
 @overload
@@ -301,7 +301,7 @@ def dense_targets(targets: Targets, num_classes: int, *, axis: int = -1) -> Arra
     Args:
       targets: Labels int[...], dense float[..., V], or SparseTargets.
       num_classes: V.
-      axis: The class axis of what is returned, and that of dense targets.
+      axis: The class axis of the masses returned, and that of dense targets.
 
     Returns:
       Masses, float[..., V]: float64 where some mass is float64, and float32 elsewhere (labels

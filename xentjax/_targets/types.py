@@ -1,4 +1,4 @@
-"""What the truth looks like: labels, dense distributions, and sparse targets.
+"""The forms that the truth has: labels, dense distributions, and sparse targets.
 
 A target is a non-negative mass t_v over the V classes. Its total T = Σ_v t_v need not be 1.
 """

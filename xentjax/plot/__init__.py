@@ -6,7 +6,7 @@ those of the user's style; `plt.rcParams.update(xentjax.plot.STYLE)` sets that o
 whose colours differ for colour-blind readers too.
 
 Information.
-  surprisal_curve: what an outcome of each probability costs
+  surprisal_curve: the cost of an outcome of each probability
   cross_entropy_areas: entropy and cross-entropy, as the areas of bars
 
 Losses.

@@ -1,4 +1,4 @@
-"""What the pictures share: axes, the style of the notebooks, units, words beside points."""
+"""Parts that the pictures share: axes, the style of the notebooks, units, words beside points."""
 
 import math
 from collections.abc import Sequence

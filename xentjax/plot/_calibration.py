@@ -22,7 +22,7 @@ def reliability(
     A calibrated model keeps to the diagonal. Call it again with the same axes for another model.
 
     Args:
-      bins: What `xentjax.reliability_bins` returns.
+      bins: Those that `xentjax.reliability_bins` returns.
       label: The name of the model, for the legend.
       fewest: Bins of fewer predictions are not drawn: their accuracy is mostly chance.
       ax: The axes to draw into; None takes pyplot's current ones.

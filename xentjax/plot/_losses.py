@@ -202,7 +202,7 @@ def simplex(
     logits moves the prediction: dp = (diag(p) − p pᵀ) (t − T · p).
 
     Args:
-      targets: Of one example: a label, dense float[3], or SparseTargets.
+      targets: The target of one example: a label, dense float[3], or SparseTargets.
       classes: The names of the three classes; None numbers them from 0.
       base: The base of the logarithm: 2 gives bits; None is e, for nats.
       arrows: Whether to draw the arrows.
