@@ -29,7 +29,7 @@ def test_losses_and_slopes_are_exact(dtype, bound):
     with jax.enable_x64(True):
         losses, margins = np.meshgrid(
             np.array([1e-20, 1e-9, 1e-3, 0.3, 1.0, 7.0, 29.0, 81.0, 1e4], dtype),
-            np.array([0.0, 1e-3, 0.5, 10.0, 22.4, 60.0, 128.0], dtype),
+            np.array([0.0, 1e-3, 0.5, 10.0, 22.4, 60.0, 128.0, 400.0], dtype),
         )
 
         @jit
@@ -61,6 +61,10 @@ def test_ends():
     assert xentjax.additive_margin(np.inf, 3.0) == np.inf
     assert slope(np.inf, 3.0) == 1
     assert np.isnan(xentjax.additive_margin(np.nan, 3.0))
+    for margin in (85.0, 100.0, 1e4):  # exp(−100) is no float32.
+        assert xentjax.additive_margin(0.0, margin) == 0
+        assert jax.grad(xentjax.additive_margin, 1)(0.0, margin) == 0
+    assert slope(0.0, 100.0) == np.inf
 
 
 def face_losses(inputs, kernel, labels, scale, margin, angular, head):

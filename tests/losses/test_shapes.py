@@ -88,6 +88,26 @@ def test_gamma_0_and_epsilon_0_change_nothing():
         np.testing.assert_array_equal(second(losses), np.zeros(4))
 
 
+@pytest.mark.parametrize("q", [0.0, 0.25, 1.0])
+def test_slope_in_q_of_the_generalized_loss(q):
+    """At q = 0 it is −loss² / 2, at an infinite loss −1 / q²."""
+    losses = np.float32([0, 1e-3, 0.5, 4, 60, np.inf][: 6 if q else 5])
+    slopes = jit(jax.vmap(jax.grad(xentjax.generalized, 1), (0, None)))(losses, q)
+
+    def slope(x):
+        if x == MP.inf:
+            return -1 / MP.mpf(q) ** 2
+        return MP.diff(lambda q: (1 - MP.exp(-x * q)) / q, q) if q else -(x**2) / 2
+
+    wanted = [slope(MP.mpf(float(x))) for x in losses]
+    np.testing.assert_allclose(slopes, np.array(wanted, float), rtol=3e-6)
+
+
+def test_a_nan_stays():
+    for shape, _ in SHAPES.values():
+        assert np.isnan(shape(np.float32(np.nan)))
+
+
 def test_every_mode_after_a_softmax():
     """Beside the formulas in p, in float64, for one loss that has all shapes in it."""
     rng = np.random.default_rng(0)

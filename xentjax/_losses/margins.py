@@ -94,10 +94,11 @@ def angular_margin(cosines: ArrayLike, margin: ArrayLike) -> Float[Array, "*batc
 def _additive_margin(losses, margin):
     """Returns log(1 + exp(m) · expm1(l)), which is l + m + log(1 − exp(−l) + exp(−l − m)).
 
-    The first form is exact for small losses, and the second does not overflow.
+    The first form is exact for small losses, and the second does not overflow. Of the loss 0 the
+    second would be −∞ where exp(−m) is no float32, and a slope of e¹⁶⁰ is none either.
     """
-    fits = losses + margin < 80
-    loss, m = jnp.where(fits, losses, 0), jnp.where(fits, margin, 0)
+    fits = (losses + margin < 80) | (losses == 0)
+    loss, m = jnp.where(fits, losses, 0), jnp.where(fits, jnp.minimum(margin, 160), 0)
     small = jnp.log1p(jnp.exp(m / 2) * jnp.expm1(loss) * jnp.exp(m / 2))
     loss, m = jnp.where(fits, 1, losses), jnp.where(fits, 0, margin)
     large = loss + m + jnp.log(-jnp.expm1(-loss) + jnp.exp(-loss - m))

@@ -137,12 +137,12 @@ def _focal(losses, gamma):
 @jax.jit
 def _generalized(losses, q):
     """Returns loss · (1 − p^q) / (q · loss), or (1 − p^q) / q where q · loss is large."""
-    changes = (losses < jnp.inf) & (q > 0)
+    is_finite = losses != jnp.inf
     limit = jnp.where(q > 0, 1 / jnp.where(q > 0, q, 1), losses)
-    losses, q = jnp.where(changes, losses, 1), jnp.where(changes, q, 1)
-    near, small, far = _parts(q * losses)
-    shaped = jnp.where(near, losses * _rate(small), (1 - jnp.exp(-far)) / q)
-    return jnp.where(changes, shaped, limit)
+    loss = jnp.where(is_finite, losses, 1)
+    near, small, far = _parts(q * loss)
+    shaped = jnp.where(near, loss * _rate(small), (1 - jnp.exp(-far)) / jnp.where(near, 1, q))
+    return jnp.where(is_finite, shaped, limit)
 
 
 def _parts(x):
