@@ -95,15 +95,8 @@ def _add_demo_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--epochs", type=_number(int, 1, 10_000), default=40, help="passes over the data (40)"
     )
-    parser.add_argument(
-        "--seed",
-        type=_number(int, 0, 2**32 - 1),
-        default=0,
-        help="the seed of all random numbers (0)",
-    )
-    parser.add_argument(
-        "--output", type=_picture, default="xentjax-demo.png", help="the picture (xentjax-demo.png)"
-    )
+    _add_seed(parser)
+    _add_output(parser, "xentjax-demo.png")
 
 
 def _add_lm_options(parser: argparse.ArgumentParser) -> None:
@@ -128,15 +121,8 @@ def _add_lm_options(parser: argparse.ArgumentParser) -> None:
         default=64,
         help="MiB of temporaries for the loss without logits (64)",
     )
-    parser.add_argument(
-        "--seed",
-        type=_number(int, 0, 2**32 - 1),
-        default=0,
-        help="the seed of all random numbers (0)",
-    )
-    parser.add_argument(
-        "--output", type=_picture, default="xentjax-lm.png", help="the picture (xentjax-lm.png)"
-    )
+    _add_seed(parser)
+    _add_output(parser, "xentjax-lm.png")
 
 
 def _add_explain_options(parser: argparse.ArgumentParser) -> None:
@@ -218,12 +204,20 @@ def _add_bench_options(parser: argparse.ArgumentParser) -> None:
         help="samples of each; fewer where a case takes long (10; with --map 51)",
     )
     parser.add_argument("--json", type=_file, metavar="FILE", help="a record of every number")
+    _add_output(parser, "xentjax-bench.png")
+
+
+def _add_seed(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--output",
-        type=_picture,
-        default="xentjax-bench.png",
-        help="the picture (xentjax-bench.png)",
+        "--seed",
+        type=_number(int, 0, 2**32 - 1),
+        default=0,
+        help="the seed of all random numbers (0)",
     )
+
+
+def _add_output(parser: argparse.ArgumentParser, default: str) -> None:
+    parser.add_argument("--output", type=_picture, default=default, help=f"the picture ({default})")
 
 
 def _number(kind: type[int] | type[float], low: float, high: float) -> Callable[[str], float]:

@@ -29,11 +29,7 @@ BATCH, CLASSES = 3, 5
 # Each is an own formula in float64, and differs by rounding alone.
 CLOSE = {"rtol": 1e-10, "atol": 1e-10}
 
-
-@pytest.fixture(autouse=True)
-def _float64():
-    with jax.enable_x64(True):
-        yield
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 def assert_close(actual, desired):

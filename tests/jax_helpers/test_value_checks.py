@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import jit
+from checked import checked_in_scan, checked_loss
 from jax.experimental import checkify
 from jax.sharding import PartitionSpec as P
 from meshes import make_mesh
@@ -196,25 +197,13 @@ def test_nothing_is_asked_of_values_while_the_switch_is_off(monkeypatch):
         assert all(a != b for a, b in zip(programs(), off, strict=True))
 
 
-def checked(logits, targets):
-    with xj.value_checks():
-        return xj.softmax_cross_entropy(logits, targets).sum()
-
-
-def scanned(logits, targets):
-    def step(total, example):
-        return total + checked(*example), None
-
-    return jax.lax.scan(step, jnp.zeros(()), (logits, targets))[0]
-
-
 @pytest.mark.parametrize(
     "transform",
-    [jax.jit, jax.grad, jax.vmap, lambda f: scanned],
+    [jax.jit, jax.grad, jax.vmap, lambda f: checked_in_scan],
     ids=["jit", "grad", "vmap", "scan"],
 )
 def test_in_compiled_functions_checkify_has_the_error(transform):
-    run = jit(checkify.checkify(transform(checked)))
+    run = jit(checkify.checkify(transform(checked_loss)))
     for logits, targets, wanted in [
         (Z, PROBABILITIES, None),
         (

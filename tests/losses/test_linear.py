@@ -29,11 +29,7 @@ KEPT_FEW, RECOMPUTED_FEW = HeadPlan(2, 2, True), HeadPlan(2, 2, False)
 # The float64 oracle differs by rounding alone: sums of at most 55 terms, of size 1 to 100.
 CLOSE = {"rtol": 1e-10, "atol": 1e-12}
 
-
-@pytest.fixture(autouse=True)
-def _float64():
-    with jax.enable_x64(True):
-        yield
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 @pytest.fixture(params=[KEPT, RECOMPUTED], ids=["kept", "recomputed"])

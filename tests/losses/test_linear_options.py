@@ -31,11 +31,7 @@ KEEP = np.array([False, True, False, False, True, True, False])  # Two chunks ho
 # The float64 oracle differs by rounding alone: sums of at most 77 terms, of size 1 to 100.
 CLOSE = {"rtol": 1e-10, "atol": 1e-12}
 
-
-@pytest.fixture(autouse=True)
-def _float64():
-    with jax.enable_x64(True):
-        yield
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 def assert_close(actual, desired):

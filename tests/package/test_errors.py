@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from bad_calls import BAD, GOOD, KEY, LABELS, LOSSES, ODD_KINDS, ODD_SHAPES, P, Z, bools, ints
+from checked import checked_in_scan, checked_loss
 from jax.experimental import checkify
 from jax.sharding import PartitionSpec as P_
 from meshes import make_mesh
@@ -298,18 +299,6 @@ def test_value_checks_are_off_unless_they_are_on():
     assert is_nan()
 
 
-def checked_loss(logits, labels):
-    with xj.value_checks():
-        return xj.softmax_cross_entropy(logits, labels).sum()
-
-
-def scanned(logits, labels):
-    def step(total, example):
-        return total + checked_loss(*example), None
-
-    return jax.lax.scan(step, jnp.zeros(()), (logits, labels))[0]
-
-
 @pytest.mark.parametrize(
     ("function", "position"),
     [
@@ -318,7 +307,7 @@ def scanned(logits, labels):
         (jax.grad(jax.checkpoint(checked_loss)), "[1 2]"),
         (jax.vmap(checked_loss), "[2]"),
         (jax.vmap(jax.grad(checked_loss)), "[2]"),
-        (scanned, "[2]"),
+        (checked_in_scan, "[2]"),
         (lambda z, y: jax.lax.cond(z.sum() == 0, checked_loss, lambda z, y: 0.0, z, y), "[1 2]"),
     ],
 )

@@ -31,11 +31,7 @@ CLOSE = {"rtol": 1e-9, "atol": 1e-9}
 
 WHERE = jnp.array([True, True, True, False])
 
-
-@pytest.fixture(autouse=True)
-def _float64():
-    with jax.enable_x64(True):
-        yield
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 @dataclasses.dataclass(frozen=True)

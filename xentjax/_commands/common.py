@@ -3,7 +3,9 @@
 import argparse
 import os
 import sys
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from matplotlib.axes import Axes
 from rich.console import Console
@@ -15,6 +17,8 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+
+from xentjax._explain.text import Column, definitions, paragraph, table
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73")  # Apart for colour-blind readers too.
 SPEED_PERIOD = 3600  # Seconds that the time left is estimated from: one step may take minutes.
@@ -39,6 +43,21 @@ def check_writable(option: str, path: Path) -> None:
         raise argparse.ArgumentError(
             None, f"argument {option}: {expected}: {error.strerror}"
         ) from None
+
+
+def columns_of(
+    name: str, rows: Mapping[str, Any], cells: Mapping[str, Callable[[Any], str]]
+) -> list[list[str]]:
+    """Returns a table by column: the names of rows, then a cell of each row under each heading."""
+    found = [[heading, *map(cell, rows.values())] for heading, cell in cells.items()]
+    return [[name, *rows], *found]
+
+
+def result_lines(
+    columns: Sequence[Column], words: Sequence[tuple[str, ...]], end: str
+) -> list[str]:
+    """Returns the lines of a table, of the meanings of its words, and of a closing sentence."""
+    return ["", *table(columns), "", *definitions(words), "", *paragraph(end)]
 
 
 def progress_bar() -> Progress:

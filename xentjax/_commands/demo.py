@@ -24,8 +24,14 @@ from matplotlib.ticker import MaxNLocator
 from sklearn.datasets import load_digits
 
 import xentjax
-from xentjax._commands.common import check_writable, fail, progress_bar
-from xentjax._explain.text import definitions, paragraph, table
+from xentjax._commands.common import (
+    check_writable,
+    columns_of,
+    fail,
+    progress_bar,
+    result_lines,
+)
+from xentjax._explain.text import paragraph
 from xentjax.plot import STYLE, reliability
 
 TRAIN_SIZE = 900
@@ -251,14 +257,7 @@ def report(results: dict[str, Result]) -> list[str]:
         f" Lowest loss: {min(results, key=lambda name: results[name].loss)}."
         f" Best calibrated: {min(results, key=lambda name: results[name].calibration_error)}."
     )
-    return [
-        "",
-        *table(columns(results)),
-        "",
-        *definitions(words),
-        "",
-        *paragraph(best),
-    ]
+    return result_lines(columns(results), words, best)
 
 
 def columns(results: dict[str, Result]) -> list[list[str]]:
@@ -272,8 +271,7 @@ def columns(results: dict[str, Result]) -> list[list[str]]:
         "loss,\nbits": lambda x: f"{x.loss / math.log(2):.4f}",
         "perplexity": lambda x: f"{float(xentjax.perplexity(x.loss)):.4f}",
     }
-    cells = [[heading, *map(cell, results.values())] for heading, cell in found.items()]
-    return [["targets", *results], *cells]
+    return columns_of("targets", results, found)
 
 
 def picture(courses: dict[str, list[Epoch]], results: dict[str, Result]) -> Figure:

@@ -29,8 +29,16 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 import xentjax
-from xentjax._commands.common import COLOURS, check_writable, fail, progress_bar, tidy
-from xentjax._explain.text import definitions, paragraph, table
+from xentjax._commands.common import (
+    COLOURS,
+    check_writable,
+    columns_of,
+    fail,
+    progress_bar,
+    result_lines,
+    tidy,
+)
+from xentjax._explain.text import paragraph
 
 CONTEXT = 8  # Words that are read to predict the next.
 FEATURES = 128
@@ -304,14 +312,7 @@ def report(courses: dict[str, Course], num_logits: int) -> list[str]:
         ),
     ]
     end = f"The perplexities differ by at most {difference:.1e} of themselves, after {step} steps."
-    return [
-        "",
-        *table(columns(courses)),
-        "",
-        *definitions(words),
-        "",
-        *paragraph(end),
-    ]
+    return result_lines(columns(courses), words, end)
 
 
 def columns(courses: dict[str, Course]) -> list[list[str]]:
@@ -322,8 +323,7 @@ def columns(courses: dict[str, Course]) -> list[list[str]]:
         "perplexity\nbefore": lambda x: f"{x.perplexities()[0]:.3f}",
         "after": lambda x: f"{x.perplexities()[-1]:.3f}",
     }
-    cells = [[heading, *map(cell, courses.values())] for heading, cell in found.items()]
-    return [["loss", *courses], *cells]
+    return columns_of("loss", courses, found)
 
 
 def picture(courses: dict[str, Course], num_classes: int) -> Figure:

@@ -42,15 +42,7 @@ def soft_cap(cap: ArrayLike) -> LogitTransform:
     Source:
       Gemma Team, Gemma 2, 2024, section 2.
     """
-    scale = checks.as_positive("cap", cap)
-
-    def transform(logits: ArrayLike) -> jax.Array:
-        logits = checks.as_array("logits", logits)
-        checks.check_floating("logits", logits)
-        cap = scale.astype(logits.dtype)
-        return cap * jnp.tanh(logits / cap)
-
-    return transform
+    return _with_scale("cap", cap, lambda logits, cap: cap * jnp.tanh(logits / cap))
 
 
 def temperature(tau: ArrayLike) -> LogitTransform:
@@ -77,13 +69,17 @@ def temperature(tau: ArrayLike) -> LogitTransform:
     Source:
       Hinton et al., Distilling the Knowledge in a Neural Network, 2015, section 2.
     """
-    scale = checks.as_positive("tau", tau)
+    return _with_scale("tau", tau, lambda logits, tau: logits / tau)
+
+
+def _with_scale(name, scale, function):
+    """Returns the logit transform function(logits, scale), in the dtype of the logits."""
+    scale = checks.as_positive(name, scale)
 
     def transform(logits: ArrayLike) -> jax.Array:
         logits = checks.as_array("logits", logits)
         checks.check_floating("logits", logits)
-        tau = scale.astype(logits.dtype)
-        return logits / tau
+        return function(logits, scale.astype(logits.dtype))
 
     return transform
 
