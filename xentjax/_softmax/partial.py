@@ -50,8 +50,8 @@ class PartialSoftmax(NamedTuple):
 
     @property
     def rest_or_zero(self) -> jax.Array:
-        """Σ_{v≠a} exp(z_v − m), and 0 where no class is possible."""
-        return jax.lax.select(self.rest < 0, jnp.zeros_like(self.rest), self.rest)
+        """Σ_{v≠a} exp(z_v − m), and 0 where no class is possible; NaN stays NaN."""
+        return self.rest + jnp.maximum(-self.rest, 0)
 
     @property
     def log_normalizer(self) -> jax.Array:

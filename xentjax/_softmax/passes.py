@@ -46,11 +46,11 @@ from xentjax._targets.mass import (
 MAX_WHOLE_SUM = 2**14
 """The CPU compiler makes an array of a longer sum's terms (jaxlib 0.10.2: from 2¹⁵ classes on)."""
 
-WINDOW = 2**11
-"""So many classes are summed at a time where there are more."""
-
 MIN_PASS = 2**12
 """The CPU compiler (jaxlib 0.10.2) hands nothing smaller to YNNPACK."""
+
+WINDOW = 2**11
+"""So many classes are summed at a time where there are more."""
 
 MAX_KEPT_WIDE = 2**23
 """So many exponentials of narrow logits are kept for the gradient, as 32 MiB of float32."""
@@ -94,8 +94,7 @@ def summarise(
         rest = _rest(logits, m, kept, add)
         mass_of_rest = jnp.zeros_like(m) if with_gradient else None
     own_logits, top, own_mass = mass.own_pass(logits, m)
-    add_costs = None if _are_few(logits) else add
-    excess = own_mass.excess(own_logits, top, add_costs, with_derivative=False)
+    excess = own_mass.excess(own_logits, top, add, with_derivative=False)
     return PartialSoftmax(m, rest, mass.total(add), mass_of_rest, excess)
 
 
@@ -113,7 +112,7 @@ def _are_kept(logits):
 
 
 def _are_few(logits):
-    """Returns whether choices between classes take less than arithmetic does."""
+    """Returns whether one loop over the logits makes what the summary needs, without an array."""
     return all(isinstance(n, int) for n in logits.shape) and logits.size < MIN_PASS
 
 
@@ -129,18 +128,18 @@ def _exponentials(logits, max_logit, point, kept, backend):
 
 
 def _rest(logits, max_logit, kept, add):
-    """Returns the rest, [...], where any class may lead, and several may."""
+    """Returns the rest, [...], where any class may lead, and several may.
+
+    It is the sum below the largest logit, which nothing cancels, and 1 for each leader but one: the
+    total is that sum and their number.
+    """
     e = exponentials(wide(logits), max_logit)
-    own_logits, m = own_pass(logits, max_logit)
+    are_few = _are_few(logits)
+    own_logits, m = (logits, max_logit) if are_few else own_pass(logits, max_logit)
     less = wide(own_logits) - m[..., None]
-    if _are_few(logits):
-        below = jax.lax.select(less < 0, e, jnp.zeros_like(e)).sum(-1)
-    else:
-        below = add(zero_at_0(less, e if kept else jnp.exp(less)))
-    total = add(e)
-    # From a total of 2 on nothing cancels.
-    one_leads = (total > 0.5) & (total < 2)
-    return jax.lax.select(one_leads, below, total - 1)
+    below = add(zero_at_0(less, e if kept or are_few else jnp.exp(less)))
+    leaders = jnp.round(add(e) - below)
+    return below + (leaders - 1)
 
 
 def _largest(logits):

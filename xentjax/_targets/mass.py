@@ -55,13 +55,12 @@ def times(mass: jax.Array, cost: jax.Array) -> jax.Array:
 def sum_of_costs(mass: jax.Array, gaps: jax.Array, add: SumOverClasses) -> jax.Array:
     """Returns Σ_v mass_v · gaps_v with 0 · inf = 0, [...], by arithmetic alone; gaps_v ≥ 0.
 
-    It is not made to be differentiated. An infinite gap counts as the largest finite number, and
-    makes the sum infinite where there is mass on it.
+    It is not made to be differentiated.
     """
     largest = jnp.asarray(jnp.finfo(gaps.dtype).max, gaps.dtype)
-    is_infinite = jnp.maximum(gaps - largest, 0)  # inf or 0.
-    missed = jnp.minimum(mass * largest, is_infinite) * largest  # inf or 0.
-    return add(mass * jnp.minimum(gaps, largest) + missed)
+    scaled = mass * largest  # No smaller than 1, or 0 where there is no mass.
+    most = scaled * scaled * largest  # inf, or 0.
+    return add(mass * jnp.minimum(gaps, most))
 
 
 def zero_at_class(classes: jax.Array, x: jax.Array) -> jax.Array:
