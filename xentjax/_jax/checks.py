@@ -1,5 +1,6 @@
 """Guards on arguments, with one voice for errors: which argument, what was expected, what came."""
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, TypeGuard
@@ -25,30 +26,32 @@ def as_array(name: str, x: Any, what: str = "a floating-point array") -> jax.Arr
 def check_floating(name: str, x: jax.Array) -> None:
     """Raises TypeError unless `x` is an array of floats of 16 bits or more."""
     expected = f"{name}: expected a floating-point array"
-    _guard(chex.assert_type, x, jnp.floating, error=TypeError(f"{expected}, got {describe(x)}"))
-    wide = f"{expected} of 16 bits or more, got {describe(x)}"
-    check(jnp.finfo(x.dtype).bits >= 16, wide, TypeError)
+    _guard(
+        chex.assert_type, x, jnp.floating, error=lambda: TypeError(f"{expected}, got {describe(x)}")
+    )
+    if x.dtype.itemsize < 2:
+        raise TypeError(f"{expected} of 16 bits or more, got {describe(x)}")
 
 
 def check_bool(name: str, x: jax.Array) -> None:
     """Raises TypeError unless `x` is a mask."""
-    error = TypeError(f"{name}: expected a bool array, got {describe(x)}")
-    _guard(chex.assert_type, x, bool, error=error)
+    expected = f"{name}: expected a bool array"
+    _guard(chex.assert_type, x, bool, error=lambda: TypeError(f"{expected}, got {describe(x)}"))
 
 
 def check_shape(name: str, x: jax.Array, shape: Sequence[int], why: str) -> None:
     """Raises ValueError unless `x` has exactly `shape`; nothing broadcasts."""
     shape = tuple(shape)
-    error = ValueError(f"{name}: expected shape {shape} ({why}), got {describe(x)}")
-    _guard(chex.assert_shape, x, shape, error=error)
+    expected = f"{name}: expected shape {shape} ({why})"
+    _guard(chex.assert_shape, x, shape, error=lambda: ValueError(f"{expected}, got {describe(x)}"))
 
 
-def _guard(assertion: Callable[..., None], *args: Any, error: Exception) -> None:
-    """Raises `error`, and nothing of chex's own words, unless an assertion of chex holds."""
+def _guard(assertion: Callable[..., None], *args: Any, error: Callable[[], Exception]) -> None:
+    """Raises `error()`, and nothing of chex's own words, unless an assertion of chex holds."""
     try:
         assertion(*args)
     except AssertionError:
-        raise error from None
+        raise error() from None
 
 
 def check(condition: bool, message: str, exception_type: type[Exception] = ValueError) -> None:
@@ -157,4 +160,10 @@ def check_known(name: str, size: Any, counted: str) -> None:
 def describe(x: Any) -> str:
     """Returns the dtype and shape of an array, as errors have them."""
     dtype = x.dtype if hasattr(x, "dtype") else jnp.result_type(x)
-    return f"{dtype}{list(jnp.shape(x))}"
+    return f"{_name_of(dtype)}{list(jnp.shape(x))}"
+
+
+@functools.cache
+def _name_of(dtype):
+    """Returns the name of a dtype; NumPy takes microseconds to make it, in every eager call."""
+    return str(dtype)
