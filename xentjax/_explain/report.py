@@ -77,7 +77,8 @@ def _softmax_links(e: "Explanation") -> list[tuple[str, ...]]:
     p, s, t, unit = e.probabilities, e.surprisals, e.targets, e.unit
     if _weighted(e):
         t = t / np.where(e.mass == 0, 1, e.mass)
-    links = [
+    return [
+        *_to_probabilities(e),
         (
             "surprisal",
             f"s_v = −{_log(e)} p_v",
@@ -119,18 +120,12 @@ def _softmax_links(e: "Explanation") -> list[tuple[str, ...]]:
         ),
         ("gradient", f"g_v = ∂loss/∂z_v = {_per_unit(e, _error(e))}", _GRADIENT),
     ]
-    if e.given == "logits":
-        formula = "p_v = exp(z_v) / Σ_u exp(z_u)"
-        links.insert(0, ("softmax", formula, "The logits as probabilities."))
-    elif e.given == "weights":
-        formula = f"p_v = w_v / Σ_u w_u, Σ_u w_u = {decimals(e.prediction.sum())}"
-        links.insert(0, ("normalize", formula, "The weights as probabilities."))
-    return links
 
 
 def _sigmoid_links(e: "Explanation") -> list[tuple[str, ...]]:
     unit = e.unit
-    links = [
+    return [
+        *_to_probabilities(e),
         (
             "surprisal",
             f"s_v = −{_log(e)} p_v, s̄_v = −{_log(e)}(1 − p_v)",
@@ -159,10 +154,18 @@ def _sigmoid_links(e: "Explanation") -> list[tuple[str, ...]]:
         ),
         ("gradient", f"g_v = ∂loss/∂z_v = {_per_unit(e, 'p_v − t_v')}", _GRADIENT),
     ]
-    if e.given == "logits":
-        formula = "p_v = 1 / (1 + exp(−z_v))"
-        links.insert(0, ("sigmoid", formula, "Each logit as a probability of yes."))
-    return links
+
+
+def _to_probabilities(e: "Explanation") -> list[tuple[str, ...]]:
+    """Returns the link from the numbers given to probabilities, where they are others."""
+    if e.given == "weights":
+        formula = f"p_v = w_v / Σ_u w_u, Σ_u w_u = {decimals(e.prediction.sum())}"
+        return [("normalize", formula, "The weights as probabilities.")]
+    if e.given == "probabilities":
+        return []
+    if e.link == "sigmoid":
+        return [("sigmoid", "p_v = 1 / (1 + exp(−z_v))", "Each logit as a probability of yes.")]
+    return [("softmax", "p_v = exp(z_v) / Σ_u exp(z_u)", "The logits as probabilities.")]
 
 
 _GRADIENT = "A step against it moves p towards t, fastest where they differ most."

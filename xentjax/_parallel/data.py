@@ -113,22 +113,7 @@ def data_parallel(
     """
     checks.check_callable("loss_fn", loss_fn)
     checks.check_flag("has_aux", has_aux)
-    checks.check(
-        isinstance(mesh, Mesh | AbstractMesh),
-        f"mesh: expected a jax.sharding.Mesh, got {mesh!r}",
-        TypeError,
-    )
-    is_pair = isinstance(in_specs, tuple | list) and len(in_specs) == 2
-    checks.check(
-        in_specs is None or (is_pair and all(map(_is_spec, _leaves_of_specs(in_specs)))),
-        f"in_specs: expected None or a pair of PartitionSpecs or trees of them, got {in_specs!r}",
-        TypeError,
-    )
-    axes = _mesh.axis_names(axis_name)
-    checks.check(
-        all(axis in mesh.axis_names for axis in axes),
-        f"axis_name: expected axes of the mesh, {mesh.axis_names}, got {axis_name!r}",
-    )
+    axes = _checked_axes(mesh, in_specs, axis_name)
     check_microbatches(microbatches)
 
     def value_and_grad(params, batch):
@@ -258,6 +243,27 @@ def pmap_data_parallel(
         return jax.shard_map(on_device, mesh=mesh, in_specs=spec, out_specs=spec)(params, batch)
 
     return compiled(value_and_grad, has_aux)
+
+
+def _checked_axes(mesh: Any, in_specs: Any, axis_name: AxisName) -> tuple[Hashable, ...]:
+    """Returns the axes that examples are split over, of a mesh and specs that can be ones."""
+    checks.check(
+        isinstance(mesh, Mesh | AbstractMesh),
+        f"mesh: expected a jax.sharding.Mesh, got {mesh!r}",
+        TypeError,
+    )
+    is_pair = isinstance(in_specs, tuple | list) and len(in_specs) == 2
+    checks.check(
+        in_specs is None or (is_pair and all(map(_is_spec, _leaves_of_specs(in_specs)))),
+        f"in_specs: expected None or a pair of PartitionSpecs or trees of them, got {in_specs!r}",
+        TypeError,
+    )
+    axes = _mesh.axis_names(axis_name)
+    checks.check(
+        all(axis in mesh.axis_names for axis in axes),
+        f"axis_name: expected axes of the mesh, {mesh.axis_names}, got {axis_name!r}",
+    )
+    return axes
 
 
 def _is_spec(x: Any) -> bool:

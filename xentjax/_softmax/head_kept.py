@@ -127,25 +127,12 @@ def _forward_with_gradients(
     inputs, params, mass, mask = args
     needs_inputs, needs_params = needs_grad[:2]
     num_tokens, num_classes = inputs.shape[0], blocks.num_classes_of(head, params)
-    dtype = blocks.arithmetic_dtype(inputs, params)
 
     def on_tokens(first, length, carry):
         out, all_inputs, sum_params = carry
         x, t, c = blocks.tokens_of((inputs, mass, coefficients), first, length)
         t = teacher.normalized(head, t, keeps_logits=True)
-
-        def make_logits(start, size, carry):
-            kept, whole = carry
-            p = blocks.classes_of(head, params, start, size)
-            raw, t_block = blocks.raw_logits(head, x, p), t.block(start, size)
-            logits = blocks.transformed(head, raw, p)
-            new = passes.summarise(logits, t_block, True, backend, False)
-            return blocks.put(kept, raw, start, 1), partial.merge(whole, new)
-
-        nothing = partial.no_classes(blocks.zeros((length,), dtype, x), with_gradient=True)
-        carry = blocks.zeros((length, num_classes), dtype, x), nothing
-        kept, whole = blocks.for_each(num_classes, head.plan.classes, make_logits, carry)
-        whole = blocks.over_devices(head, whole)
+        kept, whole = _kept_logits(head, x, params, t, backend)
         of_tokens = TokenGradient(whole, *c.cotangents(whole.log_normalizer))
 
         def use_logits(start, size, carry):
@@ -163,9 +150,29 @@ def _forward_with_gradients(
         out = blocks.put(out, (whole.loss, whole.log_normalizer), first)
         return out, blocks.put(all_inputs, dx, first), sum_params
 
+    dtype = blocks.arithmetic_dtype(inputs, params)
     nothing = blocks.zeros((num_tokens,), dtype, coefficients.loss)
     all_inputs = blocks.zeros_of(needs_inputs, inputs, own=True)
     carry = (nothing, nothing), all_inputs, blocks.zeros_of(needs_params, params)
     end = blocks.end_of(mask)
     out, *cotangents = blocks.for_each(num_tokens, head.plan.tokens, on_tokens, carry, end)
     return out, tuple(cotangents)
+
+
+def _kept_logits(head, inputs, params, mass, backend):
+    """Returns (raw logits [N, V], the PartialSoftmax of all classes) of one chunk of tokens."""
+    num_tokens, num_classes = inputs.shape[0], blocks.num_classes_of(head, params)
+    dtype = blocks.arithmetic_dtype(inputs, params)
+
+    def on_classes(start, size, carry):
+        kept, whole = carry
+        p = blocks.classes_of(head, params, start, size)
+        raw, t_block = blocks.raw_logits(head, inputs, p), mass.block(start, size)
+        logits = blocks.transformed(head, raw, p)
+        new = passes.summarise(logits, t_block, True, backend, False)
+        return blocks.put(kept, raw, start, 1), partial.merge(whole, new)
+
+    nothing = partial.no_classes(blocks.zeros((num_tokens,), dtype, inputs), with_gradient=True)
+    carry = blocks.zeros((num_tokens, num_classes), dtype, inputs), nothing
+    kept, whole = blocks.for_each(num_classes, head.plan.classes, on_classes, carry)
+    return kept, blocks.over_devices(head, whole)
