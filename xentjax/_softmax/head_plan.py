@@ -57,10 +57,10 @@ ACCELERATOR = Machine(
     block_bytes=3 * 2**27,
     min_tokens=MIN_BLOCK * math.ceil(8 * BALANCE / (6 * 0.125) / MIN_BLOCK),
 )
-"""The traffic of the kernel's accumulator takes about an eighth of the time of the matmuls.
+"""The traffic of the kernel's accumulator takes an eighth of the matmuls' time, or little more.
 
 Every block of classes adds to the inputs' gradient: blocks are so large that this takes less than a
-quarter as long. More of the one or the other is paid in memory. At 16384 tokens, 4096 features and
+quarter as long. Less of the one or the other is paid in memory. At 16384 tokens, 4096 features and
 128256 classes of bfloat16, where the accumulator is 2 GiB, no plan has 15% of traffic in less than
 3.7 GiB of temporaries, and none has less than 24% in 3 GiB.
 """
