@@ -57,7 +57,7 @@ ACCELERATOR = Machine(
     block_bytes=3 * 2**27,
     min_tokens=MIN_BLOCK * math.ceil(8 * BALANCE / (6 * 0.125) / MIN_BLOCK),
 )
-"""The traffic of the kernel's accumulator takes an eighth of the matmuls' time, or little more.
+"""The traffic of the kernel's accumulator takes an eighth to a sixth of the matmuls' time.
 
 Every block of classes adds to the inputs' gradient: blocks are so large that this takes less than a
 quarter as long. Less of the one or the other is paid in memory. At 16384 tokens, 4096 features and
