@@ -65,6 +65,8 @@ def test_ends():
         assert xentjax.additive_margin(0.0, margin) == 0
         assert jax.grad(xentjax.additive_margin, 1)(0.0, margin) == 0
     assert slope(0.0, 100.0) == np.inf
+    both = np.log1p(np.exp(80.5) * 1e-34)  # Of a loss as small as exp(−m).
+    np.testing.assert_allclose(xentjax.additive_margin(1e-34, 80.5), both, rtol=1e-5)
 
 
 def face_losses(inputs, kernel, labels, scale, margin, angular, head):

@@ -52,6 +52,17 @@ def test_a_budget_is_kept_on_every_machine():
         assert make_plan(sizes, budget) == make_plan(sizes, budget, machine=ACCELERATOR)
 
 
+def test_the_arrays_of_a_block_fit_a_quarter_of_the_budget():
+    """Two arrays of logits for each that is kept, and one of each kernel."""
+    for teacher, budget, tokens in itertools.product((0, 3000), (2**28, 2**30), (64, 9000)):
+        plan = make_plan(Sizes(tokens, 1000, 50000, teacher_features=teacher), budget)
+        accumulator = 4 * 1000 * 50000 if plan.keeps_logits else 0
+        numbers_of_a_class = 2 * plan.tokens * (2 if teacher else 1) + 1000 + teacher
+        fitting = (budget - accumulator) // 4 // (4 * numbers_of_a_class)
+        # Even pieces are multiples of 128.
+        assert fitting / 2 < plan.classes < fitting + 128
+
+
 def test_lowered_code_has_the_chunks_of_its_platform():
     x, w, y = (
         jax.ShapeDtypeStruct(shape, dtype)
