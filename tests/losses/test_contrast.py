@@ -205,6 +205,13 @@ def test_no_partner_gives_0_with_gradient_0(function):
     np.testing.assert_array_equal(function(x[:1], alone[:1], temperature=0.1), [0])
 
 
+def test_of_no_embeddings_there_are_no_losses():
+    nothing, labels = np.zeros((0, 3), np.float32), np.zeros(0, np.int32)
+    for loss in (xentjax.nt_xent, xentjax.supervised_contrastive):
+        assert loss(nothing, labels, temperature=0.5).shape == (0,)
+    assert xentjax.info_nce(nothing, nothing, temperature=0.5).shape == (0,)
+
+
 def test_confident_pairs_keep_their_digits():
     """Losses of about 1e-14, which log-sum-exp less the own similarity has as 0 in float32."""
     x = np.repeat(np.eye(3, dtype=np.float32), 2, axis=0)

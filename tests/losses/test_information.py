@@ -282,6 +282,24 @@ def test_derivatives_at_small_probabilities(name):
                     np.testing.assert_allclose(got[i, i], want, rtol=2e-6, err_msg=f"{p[i]}")
 
 
+def test_third_derivative_of_js_divergence_along_a_line():
+    p, q, to_p, to_q = np.array([[0.1, 0.2, 0.7], [0.3, 0.3, 0.4], [1, 2, 0.5], [-0.7, 1, 0.1]])
+
+    def along(measure):
+        return lambda s: measure(p + s * to_p, q + s * to_q)
+
+    def truth(p, q):
+        pairs = [(a, b, (a + b) / 2) for a, b in zip(p, q, strict=True)]
+        return MP.fsum(a * MP.log(a / m) + b * MP.log(b / m) for a, b, m in pairs) / 2
+
+    third = along(xentjax.js_divergence)
+    for _ in range(3):
+        third = jax.jacfwd(third)
+    with jax.enable_x64(True):
+        got = jit(third)(0.0)
+    np.testing.assert_allclose(got, float(MP.diff(along(truth), 0, 3)), rtol=1e-9)
+
+
 def test_js_divergence_of_confident_softmaxes():
     for dtype in (np.float32, np.float64):
         with jax.enable_x64(dtype == np.float64):

@@ -146,6 +146,17 @@ def test_a_confident_teacher_and_student_keep_their_digits():
     np.testing.assert_allclose(losses[1:], desired.astype(float), rtol=24.5 * 2**-24)
 
 
+@pytest.mark.parametrize("way", PLANS)
+def test_a_teacher_whose_logits_are_far_apart(way):
+    """In each block of classes too, by more than the exponent of a float64 can hold."""
+    teacher = np.linspace(-1, 1, TOKENS)[:, None]
+    kernel = 4000 * np.linspace(-1, 1, CLASSES)[None]
+    targets = xentjax.LinearTargets(jnp.asarray(teacher), jnp.asarray(kernel))
+    got = linear_loss(INPUTS, KERNEL, targets, plan=PLANS[way])
+    want = xentjax.softmax_cross_entropy(INPUTS @ KERNEL, jax.nn.softmax(teacher @ kernel))
+    assert_close(got, want.mean())
+
+
 def forward(f):
     """Returns the derivative of a function of a number, by forward mode."""
     return lambda s: jax.jvp(f, (s,), (jnp.ones_like(s),))[1]

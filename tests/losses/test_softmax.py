@@ -237,6 +237,11 @@ def test_stats():
     np.testing.assert_array_equal(stats.correct, [True, False, True])
     p = np.asarray(jax.nn.softmax(logits))
     np.testing.assert_allclose(stats.entropy, -(p * np.log(p)).sum(-1), rtol=1e-5)
+    of_labels = np.log(p[np.arange(3), labels])
+    np.testing.assert_allclose(stats.label_log_probability, of_labels, rtol=1e-5)
+    _, stats = xentjax.softmax_cross_entropy_with_stats(logits, jnp.array([1, -1, 3]))
+    wanted = [of_labels[0], np.nan, np.nan]
+    np.testing.assert_allclose(stats.label_log_probability, wanted, rtol=1e-5)
 
 
 @pytest.mark.parametrize("form", target_forms(1, 2))
@@ -420,14 +425,19 @@ def test_second_derivatives_of_large_arrays(case):
 def test_a_masked_nan_row_has_second_derivatives():
     logits = jnp.array([[jnp.nan, 1.0, 2.0], [0.0, 1.0, -1.0]])
     keep = jnp.array([False, True])
+    sparse = xentjax.SparseTargets(
+        jnp.array([[0], [2]]), jnp.array([[jnp.nan], [1.0]]), jnp.array([jnp.nan, 0.5])
+    )
 
     def loss(z):
-        return xentjax.softmax_cross_entropy(z, jnp.array([0, 2]), where=keep).sum()
+        of_labels = xentjax.softmax_cross_entropy(z, jnp.array([0, 2]), where=keep)
+        return (of_labels + xentjax.softmax_cross_entropy(z, sparse, where=keep)).sum()
 
     second = jit(jax.jacrev(jax.jacrev(loss)))(logits)
     assert np.isfinite(second).all()
     p = np.asarray(jax.nn.softmax(logits[1]))
-    np.testing.assert_allclose(second[1, :, 1], np.diag(p) - np.outer(p, p), rtol=1e-5, atol=1e-7)
+    want = (1 + 1.5) * (np.diag(p) - np.outer(p, p))
+    np.testing.assert_allclose(second[1, :, 1], want, rtol=1e-5, atol=1e-7)
 
 
 # Masks of classes.

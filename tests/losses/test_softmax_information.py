@@ -295,11 +295,11 @@ def test_js_divergence_of_logits_is_exact_however_near_or_far_they_are(beta):
 
 def test_js_divergence_of_impossible_classes_and_its_limits():
     inf = np.inf
-    a = np.array([[0, -inf, -inf], [0, 0, -inf], [1, 2, 3]], np.float32)
-    b = np.array([[-inf, 0, -inf], [0, 0, -inf], [1, 2, 3]], np.float32)
+    a = np.array([[0, -inf, -inf], [0, 0, -inf], [1, 2, 3], [-inf] * 3], np.float32)
+    b = np.array([[-inf, 0, -inf], [0, 0, -inf], [1, 2, 3], [1, 2, 3]], np.float32)
     loss = jit(jax.vmap(jax.value_and_grad(xentjax.softmax_js_divergence, (0, 1))))
     values, gradients = loss(a, b)
-    np.testing.assert_allclose(values, [np.log(2), 0, 0], rtol=1e-6)
+    np.testing.assert_allclose(values, [np.log(2), 0, 0, 0], rtol=1e-6)
     assert np.isfinite(gradients).all()
     p, q = jax.nn.softmax(np.array([[1.0, 2, 0], [0.5, 0, 1]], np.float32))
     of_logits = xentjax.softmax_js_divergence(jnp.log(p), jnp.log(q), base=2)

@@ -97,6 +97,18 @@ def test_impossible_classes():
     np.testing.assert_allclose(gradient[0], jax.nn.softmax(z[0]) - t[0], atol=1e-6)
 
 
+def test_slope_to_a_mass_of_0_is_its_surprisal():
+    z, t = (
+        np.array([[0.3, -1.0, 2.0], [1.0, 0.5, 0.0]]),
+        np.array([[0.0, 0.4, 0.6], [0.5, 0.0, 0.0]]),
+    )
+    with jax.enable_x64(True):
+        slopes = jax.grad(lambda t: xentjax.target_kl_divergence(z, t).sum())(jnp.asarray(t))
+    surprisals = -np.log(np.exp(z) / np.exp(z).sum(-1, keepdims=True))
+    want = surprisals + np.where(t > 0, np.log(np.where(t > 0, t, 1)) + 1, 0)
+    np.testing.assert_allclose(slopes, want, rtol=1e-12)
+
+
 def test_derivatives_to_logits_and_targets_in_a_loop():
     rng = np.random.default_rng(2)
     with jax.enable_x64(True):

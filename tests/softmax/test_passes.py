@@ -21,7 +21,7 @@ from cases import (
 import xentjax
 from xentjax._jax.dtypes import wide_dtype
 from xentjax._softmax import passes, reference
-from xentjax._targets.mass import mass_of, only_points_are_heavy
+from xentjax._targets.mass import mass_of, only_points_are_heavy, zero_at_class
 from xentjax._targets.types import as_targets
 
 ROWS = 23  # In blocks of 5 the last one repeats two rows.
@@ -250,6 +250,14 @@ def test_a_NaN_is_in_all_of_its_row_and_no_other(form):
         for x, y in zip(before, after, strict=True):
             assert np.isnan(y[spoilt]).all()
             np.testing.assert_array_equal(y[~spoilt], x[~spoilt])
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_one_class_is_left_out_though_floats_do_not_count_that_far(dtype):
+    x = np.random.default_rng(0).uniform(0.1, 1, (4, 5000)).astype(dtype)
+    classes = np.array([0, 2049, 4097, 4999], np.int32)
+    got = jax.jit(zero_at_class)(classes, x)
+    np.testing.assert_array_equal(got, np.where(np.arange(5000) == classes[:, None], 0, x))
 
 
 def test_a_long_sum_loses_no_digits():
