@@ -361,10 +361,9 @@ def test_ctrl_c_while_jax_is_imported():
             pass
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=20)
-    assert process.returncode == 130
-    assert err.splitlines()[-1] == "interrupted"
-    assert "Traceback" not in err
-    assert out == ""
+    # The main thread may tell of an import more before the process ends.
+    lines = [line for line in err.splitlines() if not line.startswith("import time:")]
+    assert (process.returncode, lines, out) == (130, ["interrupted"], "")
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there Ctrl-C is no signal to one process")
