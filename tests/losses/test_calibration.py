@@ -6,7 +6,8 @@ import mpmath
 import numpy as np
 import pytest
 from cases import jit, target_forms
-from scipy.optimize import minimize_scalar
+from scipy.optimize import brentq, minimize_scalar
+from scipy.special import softmax
 
 import xentjax
 
@@ -56,6 +57,26 @@ def test_temperature_follows_the_scale_of_the_logits():
         got = fit((scale * Z).astype(np.float32), GUESS)
         assert got.dtype == jnp.float32
         np.testing.assert_allclose(got / scale, want, rtol=1e-5)
+
+
+def test_temperature_of_logits_of_unlike_sizes():
+    """Newton's method takes a dozen steps from a start far below, and few from one above."""
+    for seed, is_below in ((0, True), (1, True), (4, True), (1, False), (6, False)):
+        rng = np.random.default_rng(seed)
+        z = rng.normal(size=(60, 4))
+        if is_below:
+            labels = (3 * z + rng.gumbel(size=z.shape)).argmax(-1)
+        else:
+            labels = rng.permuted(z.argsort(-1)[:, 1:], axis=-1)[:, 0]
+        z *= np.exp(rng.normal(0, 2.5, (60, 1)))
+
+        def slope(inverse, z=z, labels=labels):
+            p = softmax(inverse * z, -1)
+            return ((p * z).sum(-1) - z[np.arange(60), labels]).mean()
+
+        best_inverse = brentq(slope, 1e-9, 1e3, xtol=1e-300, rtol=1e-14)
+        with jax.enable_x64(True):
+            np.testing.assert_allclose(fit(z, labels), 1 / best_inverse, rtol=1e-12)
 
 
 def test_derivatives_of_the_temperature():

@@ -190,6 +190,22 @@ def test_second_derivatives_along_a_line(case):
     np.testing.assert_allclose(curvature(ours), curvature(full), rtol=1e-9)
 
 
+def test_second_derivatives_where_logits_are_far_apart():
+    """By more than the exponent of a float64 can hold; the last two classes are near."""
+    kernel = jnp.asarray(np.append(np.linspace(-3000, 2000, CLASSES - 1), 2000.5)[None])
+
+    def both(x):
+        plan = PLANS["recomputed"]
+        losses, stats = linear_loss_and_stats(x[None], kernel, jnp.array([1]), plan=plan)
+        return jnp.stack([losses[0], stats.entropy[0]])
+
+    p = 1 / (1 + np.exp(-0.5))  # Of the last class: the others are e⁻⁵⁰⁰ at most.
+    slope = p * (1 - p)
+    want = slope / 4, -(slope + 0.5 * slope * (1 - 2 * p)) / 4
+    got = jit(jax.hessian(both))(jnp.ones(1))
+    np.testing.assert_allclose(got.ravel(), want, rtol=1e-9)
+
+
 def with_stats(*args):
     """A total of all that is differentiable in the statistics of a head."""
     inputs, kernel, bias, *_ = args
@@ -216,6 +232,15 @@ def test_statistics_of_a_teacher():
     logits = jnp.where(MASK, INPUTS @ KERNEL, -jnp.inf)
     dense = teacher_probabilities(*TEACHER, 1.0)
     assert_close(actual, xentjax.softmax_cross_entropy_with_stats(logits, dense, where=KEEP))
+
+
+def test_the_first_of_equal_classes_is_a_teachers_label():
+    """Though others are as likely, in blocks after it."""
+    targets = xentjax.LinearTargets(INPUTS[:, :1], jnp.zeros((1, CLASSES)))
+    plan, nothing = PLANS["recomputed"], jnp.zeros_like(KERNEL)
+    _, stats = linear_loss_and_stats(INPUTS, nothing, targets, plan=plan)
+    np.testing.assert_array_equal(stats.prediction, 0)
+    assert stats.correct.all()
 
 
 def test_with_no_class_left_everything_is_0():

@@ -78,8 +78,9 @@ def test_one_hot_is_exact_as_labels_are():
     logits, labels = rows_with_margins(5, np.array([15.0, 30.0, 60.0]))
     one_hot = jax.nn.one_hot(labels, 5)
     sparse = xentjax.mix_targets(labels, labels, 0.25)
+    beside_nothing = xentjax.mix_targets((labels + 1) % 5, labels, 0.0)
     desired = loss_and_gradient(logits, labels)
-    for targets in (one_hot, sparse):
+    for targets in (one_hot, sparse, beside_nothing):
         for actual, exact in zip(loss_and_gradient(logits, targets), desired, strict=True):
             np.testing.assert_allclose(actual, exact, rtol=3e-7)
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import xentjax
+from xentjax._losses import linear
 from xentjax._softmax.head_plan import ACCELERATOR, CPU, HeadPlan, Sizes, make_plan, predict
 
 
@@ -50,6 +51,16 @@ def test_a_budget_is_kept_on_every_machine():
     sizes = Sizes(8192, 2304, 256000)
     for budget in (0, 2**28, 2**32):
         assert make_plan(sizes, budget) == make_plan(sizes, budget, machine=ACCELERATOR)
+
+
+def test_a_budget_is_for_every_platform():
+    arrays = linear.as_arrays(
+        np.ones((300, 4)), np.ones((4, 500)), np.zeros(300, int), None, None, None
+    )
+    for budget in (None, 0, 10**6):
+        head = linear.prepare(arrays, linear.Options(memory_budget=budget)).head
+        expected = make_plan(Sizes(300, 4, 500), budget, machine=ACCELERATOR)
+        assert head.on("portable").plan == expected
 
 
 def test_the_arrays_of_a_block_fit_a_quarter_of_the_budget():

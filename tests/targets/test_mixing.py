@@ -48,6 +48,13 @@ def test_mixup_mixes_inputs_and_targets_alike(each):
     assert_close(mixed, share * x + (1 - share) * x[order])
 
 
+def test_examples_that_share_a_background_have_one_when_mixed():
+    prior = jnp.array([0.5, 0.25, 0.25])
+    targets = xentjax.smooth_labels(jnp.array([0, 2, 1]), 0.1, background=prior)
+    _, mixed = xentjax.mixup(KEY, jnp.ones((3, 2)), targets, 0.4)
+    assert mixed.background.shape == targets.background.shape
+
+
 @EACH
 def test_mixup_of_a_pytree(each):
     """Every leaf by the same λ and π; dtypes and structure stay."""
