@@ -27,7 +27,7 @@ FORMS = ("labels", "dense", "smoothed", "prior", "mixed", "weighted", "teacher",
 BACKENDS = {
     "portable": {"FORCED": "portable"},
     "cpu": {"FORCED": "cpu"},
-    "cpu in windows": {"FORCED": "cpu", "MAX_WHOLE_SUM": 1, "WINDOW": 4, "MAX_KEPT_WIDE": 1},
+    "cpu in windows": {"FORCED": "cpu", "MAX_SUM": 4, "MAX_SUMS": 3, "MAX_KEPT_WIDE": 1},
 }
 
 

@@ -8,7 +8,7 @@ by a minimum: min(exp(z_v − m), |v − c|) is 0 for the class c, and min(exp(z
 for the leaders.
 
 Two things depend on the platform, whose choice is `backend`: on one CPU, long sums are cut into
-windows. `XENTJAX_BACKEND=portable` or `=cpu`, read when xentjax is imported, makes every platform
+windows, and many sums have a kernel of their own. `XENTJAX_BACKEND=portable` or `=cpu`, read when xentjax is imported, makes every platform
 run the one or the other; it is for looking for faults, and for measuring.
 """
 
@@ -43,8 +43,14 @@ from xentjax._targets.mass import (
     zero_at_class,
 )
 
-MAX_WHOLE_SUM = 2**14
-"""The CPU compiler makes an array of a longer sum's terms (jaxlib 0.10.2: from 2¹⁵ classes on)."""
+MAX_SUM = 2**15
+"""So many numbers are summed at a time.
+
+Longer sums take the CPU compiler ten times as long, or an array of their terms (jaxlib 0.10.2).
+"""
+
+MAX_SUMS = 2**15
+"""A kernel of several sums may have so many of each; with more, YNNPACK takes ten times as long."""
 
 MIN_PASS = 2**12
 """The CPU compiler (jaxlib 0.10.2) hands nothing smaller to YNNPACK."""
@@ -172,12 +178,19 @@ def _is_cpu(backend):
 
 
 def _sum_of_windows(x):
-    num_classes, window = x.shape[-1], (1,) * (x.ndim - 1) + (WINDOW,)
-    if num_classes <= MAX_WHOLE_SUM:
-        return x.sum(-1)
-    padding = (((0, 0),) * (x.ndim - 1)) + ((0, -num_classes % WINDOW),)
-    zero = jnp.zeros((), x.dtype)
-    return jax.lax.reduce_window(x, zero, jax.lax.add, window, window, padding).sum(-1)
+    num_classes = x.shape[-1]
+    if num_classes > MAX_SUM:
+        window = (1,) * (x.ndim - 1) + (MAX_SUM,)
+        padding = (((0, 0),) * (x.ndim - 1)) + ((0, -num_classes % MAX_SUM),)
+        zero = jnp.zeros((), x.dtype)
+        x = _apart(jax.lax.reduce_window(x, zero, jax.lax.add, window, window, padding))
+    return _apart(x.sum(-1))
+
+
+def _apart(sums):
+    """Returns sums; many go through a choice, which ends the kernel that makes them."""
+    are_many = all(isinstance(n, int) for n in sums.shape) and sums.size > MAX_SUMS
+    return jnp.where(sums == 0, jnp.zeros_like(sums), sums) if are_many else sums
 
 
 def gradient(
