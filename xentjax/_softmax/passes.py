@@ -8,8 +8,9 @@ by a minimum: min(exp(z_v − m), |v − c|) is 0 for the class c, and min(exp(z
 for the leaders.
 
 Two things depend on the platform, whose choice is `backend`: on one CPU, long sums are cut into
-windows, and many sums have a kernel of their own. `XENTJAX_BACKEND=portable` or `=cpu`, read when xentjax is imported, makes every platform
-run the one or the other; it is for looking for faults, and for measuring.
+windows, and many sums have a kernel of their own. `XENTJAX_BACKEND=portable` or `=cpu`, read when
+xentjax is imported, makes every platform run the one or the other; it is for looking for faults,
+and for measuring.
 """
 
 import os
