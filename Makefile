@@ -30,9 +30,9 @@ test-all:
 accuracy: $(VENV)/.test
 	$(BIN)/python tests/prove/accuracy.py docs/accuracy.md
 
-# Puts 70 faults into the mathematics, and looks whether tests fail for each.
+# Puts 150 faults into the mathematics, and looks whether tests fail for each.
 mutate: $(VENV)/.test
-	$(BIN)/python tests/prove/mutation.py 70
+	$(BIN)/python tests/prove/mutation.py 150
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .

@@ -48,6 +48,12 @@ def test_all_classes_and_classes_that_are_none():
     assert np.isnan(buckets(z, every - 1)[0]).all()
 
 
+def test_one_other_class_alone_has_its_own_logit():
+    z = np.float32([[1.0, -2.0, 0.5], [3.0, 0.0, -40.0]])
+    got = xentjax.bucket_logits(z, np.array([[0, 2], [1, 0]]))
+    np.testing.assert_array_equal(got, [[1.0, 0.5, -2.0], [0.0, 3.0, -40.0]])
+
+
 def test_the_tail_of_a_confident_student_keeps_its_digits():
     """1 − Σ q is 0 in float32, and its logarithm −∞."""
     z, indices = np.array([[50.0, 49.0, 2.0, 1.0, 0.0]], np.float32), np.array([[0, 1]])

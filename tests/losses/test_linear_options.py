@@ -157,6 +157,15 @@ def test_a_teacher_whose_logits_are_far_apart(way):
     assert_close(got, want.mean())
 
 
+@pytest.mark.parametrize("way", PLANS)
+def test_a_teacher_whose_first_block_has_no_class(way):
+    targets = xentjax.LinearTargets(*map(jnp.asarray, TEACHER[:2]))
+    is_left = jnp.arange(CLASSES) >= 4
+    got = linear_loss(INPUTS, KERNEL, targets, class_mask=is_left, plan=PLANS[way])
+    masses = jax.nn.softmax((TEACHER[0] @ TEACHER[1])[:, 4:])
+    assert_close(got, xentjax.softmax_cross_entropy((INPUTS @ KERNEL)[:, 4:], masses).mean())
+
+
 def forward(f):
     """Returns the derivative of a function of a number, by forward mode."""
     return lambda s: jax.jvp(f, (s,), (jnp.ones_like(s),))[1]
