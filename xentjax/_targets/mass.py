@@ -58,7 +58,9 @@ def sum_of_costs(mass: jax.Array, gaps: jax.Array, add: SumOverClasses) -> jax.A
     It is not made to be differentiated.
     """
     largest = jnp.asarray(jnp.finfo(gaps.dtype).max, gaps.dtype)
-    scaled = mass * largest  # No smaller than 1, or 0 where there is no mass.
+    # Above 1, or 0 where there is no mass. The minimum keeps XLA from multiplying the constants of
+    # both lines first: 0 · inf is NaN.
+    scaled = jnp.minimum(mass * largest, largest)
     most = scaled * scaled * largest  # inf, or 0.
     return add(mass * jnp.minimum(gaps, most))
 
