@@ -361,8 +361,8 @@ def test_ctrl_c_while_jax_is_imported():
             pass
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=20)
-    # The main thread may tell of an import more before the process ends.
-    lines = [line for line in err.splitlines() if not line.startswith("import time:")]
+    # The main thread may tell of an import more before the process ends, in a line that is torn.
+    lines = [line for line in err.splitlines() if "|" not in line]
     assert (process.returncode, lines, out) == (130, ["interrupted"], "")
 
 
