@@ -94,8 +94,8 @@ def angular_margin(cosines: ArrayLike, margin: ArrayLike) -> Float[Array, "*batc
 def _additive_margin(losses, margin):
     """Returns log(1 + exp(m) · expm1(l)), which is l + m + log(1 − exp(−l) + exp(−l − m)).
 
-    The first form is exact for small losses, and the second does not overflow. Of the loss 0 the
-    second would be −∞ where exp(−m) is no float32, and a slope of e¹⁶⁰ is none either.
+    The first form is exact for small losses, and the second does not overflow. A loss of 0 keeps to
+    the first, since the second is −∞ where exp(−m) is no float32; a slope of e¹⁶⁰ is none either.
     """
     fits = (losses + margin < 80) | (losses == 0)
     loss, m = jnp.where(fits, losses, 0), jnp.where(fits, jnp.minimum(margin, 160), 0)

@@ -56,9 +56,6 @@ MAX_SUMS = 2**15
 MIN_PASS = 2**12
 """The CPU compiler (jaxlib 0.10.2) hands nothing smaller to YNNPACK."""
 
-WINDOW = 2**11
-"""So many classes are summed at a time where there are more."""
-
 MAX_KEPT_WIDE = 2**23
 """So many exponentials of narrow logits are kept for the gradient, as 32 MiB of float32."""
 
