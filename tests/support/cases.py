@@ -133,13 +133,12 @@ def rows_with_margins(num_classes, margins, seed=0):
 def contract(logits) -> float:
     """Returns the relative error that a loss or an entry of its gradient may have, in float32.
 
-    It is eight ulps, 1e-6, or four ulps and half an ulp of the largest m − z_v that is subtracted,
-    where m is the largest logit: what one rounding of it costs an exponential, which is 0 past 87.
+    It is eight ulps, 1e-6, or half an ulp of the largest m − z_v that is subtracted, where m is the
+    largest logit: one rounding of it costs an exponential so much, which is 0 past 87.
     """
     z = np.asarray(logits, np.float64)
     gaps = z.max(-1, keepdims=True) - z
-    largest = np.float32(gaps[gaps <= 88].max())
-    return max(1e-6, 4 * 2.0**-23 + float(np.spacing(largest)) / 2)
+    return max(1e-6, 2.0**-24 * gaps[gaps <= 88].max())
 
 
 def assert_exact(logits, labels):
