@@ -351,3 +351,37 @@ def test_value_checks_with_classes_split_over_devices(function):
     assert "targets: expected labels in [0, 4), got 7 at position [1]" in error.get()
     with pytest.raises(ValueError, match=r"value_checks of xentjax: expected checkify"):
         split(array, jnp.array([0, 3, 1, 7]))
+
+
+(UNKNOWN,) = jax.export.symbolic_shape("v")
+X, KERNEL, LABELS = jnp.ones((4, 3)), jnp.ones((3, 5)), jnp.zeros(4, int)
+
+
+@pytest.mark.parametrize(
+    ("function", "shape", "named", "counted"),
+    [
+        (lambda z: xj.softmax_cross_entropy(z, LABELS), (4, UNKNOWN), "logits", "classes"),
+        (xj.softmax_entropy, (4, UNKNOWN), "logits", "classes"),
+        (lambda z: xj.top_k_targets(z, 2).weights, (4, UNKNOWN), "logits", "classes"),
+        (lambda z: xj.bucket_logits(z, LABELS[:, None]), (4, UNKNOWN), "logits", "classes"),
+        (
+            lambda w: xj.linear_softmax_cross_entropy(X, w, LABELS),
+            (3, UNKNOWN),
+            "kernel",
+            "classes",
+        ),
+        (
+            lambda x: xj.linear_softmax_cross_entropy(x, KERNEL, LABELS),
+            (4, UNKNOWN),
+            "inputs",
+            "features",
+        ),
+        (lambda x: xj.info_nce(x, x, temperature=1), (UNKNOWN, 3), "keys", "rows"),
+        (lambda x: xj.info_nce(x, x, temperature=1), (4, UNKNOWN), "queries", "features"),
+    ],
+)
+def test_sizes_that_sums_depend_on_are_known(function, shape, named, counted):
+    """`jax.export` may know a size by name alone."""
+    wanted = rf"^{named}: expected a known number of {counted}, got v\b"
+    with pytest.raises(ValueError, match=wanted):
+        jax.export.export(jax.jit(function))(jax.ShapeDtypeStruct(shape, jnp.float32))

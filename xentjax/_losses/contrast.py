@@ -75,6 +75,7 @@ def info_nce(
     checks.check_flag("symmetric", symmetric)
     tau = checks.as_positive("temperature", temperature)
     (num_pairs, features), num_keys = queries.shape, keys.shape[0]
+    checks.check_known("queries", features, "features")
     checks.check_known("keys", num_keys, "rows")
     wanted = f"{num_pairs} keys, one for each query," if symmetric else f"at least {num_pairs} keys"
     checks.check(

@@ -90,6 +90,7 @@ def checked_shapes(
     checks.check(class_axis in (-2, -1, 0, 1), expected)
     class_axis %= 2
     (*batch, features), num_classes = inputs.shape, kernel.shape[class_axis]
+    checks.check_known(f"{of}inputs", features, "features")
     checks.check_known(f"{of}kernel", num_classes, "classes")
     checks.check(
         kernel.shape[1 - class_axis] == features and num_classes > 0,

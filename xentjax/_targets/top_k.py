@@ -125,6 +125,7 @@ def as_logits(logits: ArrayLike) -> jax.Array:
         logits.ndim > 0 and logits.shape[-1] > 0,
         f"logits: expected shape [..., V], of at least one class, got {checks.describe(logits)}",
     )
+    checks.check_known("logits", logits.shape[-1], "classes")
     return logits
 
 
