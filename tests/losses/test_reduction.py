@@ -89,7 +89,7 @@ def test_empty_batch_is_0():
     assert WeightedSum.zero().mean() == 0
 
 
-@pytest.mark.parametrize("axis", [0, (0, 1), [1, 0]])
+@pytest.mark.parametrize("axis", [0, -1, (0, 1), [1, 0]])
 @pytest.mark.parametrize("name", mainly(SELECTIONS, "where and weights"))
 def test_mean_along_axes(name, axis):
     """Of each sequence or image by itself, those that keep nothing among them."""

@@ -1,4 +1,4 @@
-"""A user's setting changes no result: arrays split over both axes of a mesh, and debug_nans.
+"""A user's setting changes no result: meshes, exports, debug_nans; nothing is compiled twice.
 
 Losses from logits of many classes have such tests of their own.
 """
@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import mainly
+from compilations import no_compilation
+from jax import export
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from meshes import AUTO, EXPLICIT, make_mesh
@@ -73,6 +75,25 @@ def test_arrays_split_over_a_mesh(name):
                 for x, s in zip(ARGS, specs, strict=True)
             ]
             assert_same(function(*split), want)
+
+
+@pytest.mark.prove
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_export_of_a_batch_of_any_size(name):
+    function = jax.jit(with_gradients(FUNCTIONS[name]))
+    (batch,) = export.symbolic_shape("batch")
+    shapes = [jax.ShapeDtypeStruct((batch, *x.shape[1:]), x.dtype) for x in ARGS]
+    exported = export.export(function, platforms=("cpu", "cuda", "tpu"))(*shapes)
+    assert_same(exported.call(*ARGS), function(*ARGS))
+
+
+@pytest.mark.prove
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_a_second_call_compiles_nothing(name):
+    function = with_gradients(FUNCTIONS[name])
+    function(*ARGS)
+    with no_compilation():
+        jax.block_until_ready(function(*ARGS))
 
 
 @pytest.mark.parametrize("name", ["sigmoid_binary_cross_entropy", "weighted_mean", "divergences"])

@@ -303,7 +303,9 @@ def test_it_exports_for_a_batch_of_any_size():
     batch = make_batch()
     spec = {k: jax.ShapeDtypeStruct((3 * b, *x.shape[1:]), x.dtype) for k, x in batch.items()}
     function = jax.jit(accumulate_gradients(plain_loss_fn, microbatches=3))
-    exported = export.export(function)(make_params(), spec)
+    exported = export.export(function, platforms=("cpu", "cuda", "tpu", "rocm"))(
+        make_params(), spec
+    )
     actual, desired = exported.call(make_params(), batch), function(make_params(), batch)
     assert relative_difference(actual, desired) <= NEAR
 

@@ -33,6 +33,16 @@ def test_per_example_is_the_loop(form):
         assert relative_difference(actual, desired) <= 3 * NEAR
 
 
+def test_it_exports():
+    batch = {k: make_batch()[k][:4] for k in ("inputs", "targets")}
+    function = jax.jit(per_example(_loss_of_one, gradients=True))
+    platforms = ("cpu", "cuda", "tpu", "rocm")
+    exported = jax.export.export(function, platforms=platforms)(make_params(), batch)
+    assert exported.platforms == platforms
+    got, want = exported.call(make_params(), batch), function(make_params(), batch)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-7), got, want)
+
+
 def test_per_example_gradients_add_up():
     params, batch = (
         make_params(),
