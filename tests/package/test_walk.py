@@ -173,7 +173,7 @@ FUNCTIONS = {
     "js_divergence": rowwise(xj.js_divergence),
     "perplexity": lambda z, t, keep: xj.perplexity(xj.softmax_cross_entropy(z, t)),
     "softmax_surprisal": rowwise(xj.softmax_surprisal),
-    "softmax_entropy": rowwise(xj.softmax_entropy),
+    "softmax_entropy": lambda z, t, keep: xj.softmax_entropy(z, where=keep),
     "softmax_kl_divergence": lambda z, t, keep: xj.softmax_kl_divergence(z, 2 * z, where=keep),
     "softmax_js_divergence": lambda z, t, keep: xj.softmax_js_divergence(
         z, 2 * z, beta=0.25, where=keep
@@ -415,6 +415,51 @@ def test_debug_nans_finds_none_behind_a_mask(name, form_name):
         losses, gradient = value_and_gradient(name)(Z, targets, KEEP)
     assert np.isfinite(losses).all()
     assert not gradient[~KEEP].any()
+
+
+FROM_LOGITS = [
+    "softmax_cross_entropy",
+    "smooth_labels",
+    "mix_targets",
+    "reweight_targets",
+    "dense_targets",
+    "sigmoid_binary_cross_entropy",
+    "asymmetric_cross_entropy",
+    "focal",
+    "poly1",
+    "generalized",
+    "additive_margin",
+    "softmax_entropy",
+    "softmax_kl_divergence",
+    "softmax_js_divergence",
+    "target_kl_divergence",
+]
+
+
+@pytest.mark.parametrize(
+    "case",
+    [(name, "labels") for name in FROM_LOGITS]
+    + [("softmax_cross_entropy", name) for name in FORMS[1:]],
+    ids=str,
+)
+def test_nan_logits_that_the_mean_masks_have_the_gradient_0(case):
+    name, form_name = case
+    t, every = form(form_name), np.ones(BATCH, bool)
+
+    def mean(z):
+        losses = FUNCTIONS[name](z, t, every)
+        where = jnp.broadcast_to(KEEP.reshape((BATCH,) + (1,) * (losses.ndim - 1)), losses.shape)
+        return xj.weighted_mean(losses, where=where)
+
+    spoiled = Z.copy()
+    spoiled[~KEEP, 1] = np.nan
+    spoiled[0] = np.nan
+    for dtype in (jnp.float32, jnp.bfloat16):
+        value, gradient = jit(jax.value_and_grad(mean))(jnp.asarray(spoiled, dtype))
+        want, gradient_of_rest = jit(jax.value_and_grad(mean))(jnp.asarray(Z, dtype))
+        assert value == want
+        np.testing.assert_array_equal(gradient[KEEP], gradient_of_rest[KEEP])
+        np.testing.assert_array_equal(gradient[~KEEP], 0)
 
 
 MASKED_INSIDE = {"linear_softmax_cross_entropy", "softmax_cross_entropy of a class mask"}

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float
 
 from xentjax._losses import arguments
+from xentjax._losses.shapes import keep_nan
 from xentjax._targets.transforms import as_number
 
 
@@ -91,6 +92,7 @@ def angular_margin(cosines: ArrayLike, margin: ArrayLike) -> Float[Array, "*batc
 
 
 @jax.jit
+@keep_nan
 def _additive_margin(losses, margin):
     """Returns log(1 + exp(m) · expm1(l)), which is l + m + log(1 − exp(−l) + exp(−l − m)).
 
@@ -106,6 +108,7 @@ def _additive_margin(losses, margin):
 
 
 @jax.jit
+@keep_nan
 def _angular_margin(cosines, margin):
     """Returns c · (1 − cos m) + sin θ · sin m, or m · sin m past θ = π − m."""
     is_inside = jnp.abs(cosines) < 1

@@ -5,6 +5,7 @@ exact where p is near 1. So a shape may follow the softmax, the sigmoid, the fus
 classes alike, and differentiates as it stands.
 """
 
+import functools
 import math
 
 import jax
@@ -113,7 +114,22 @@ def generalized(losses: ArrayLike, q: ArrayLike) -> Float[Array, "*shape"]:
     return _generalized(losses, q)
 
 
+def keep_nan(shape):
+    """Returns a shape of losses that takes NaN to NaN with the slope 1.
+
+    A loss that only the mean masks has no gradient then: 0 · NaN would be NaN.
+    """
+
+    @functools.wraps(shape)
+    def shaped(losses, *numbers):
+        is_nan = jnp.isnan(losses)
+        return jnp.where(is_nan, losses, shape(jnp.where(is_nan, 1, losses), *numbers))
+
+    return shaped
+
+
 @jax.jit
+@keep_nan
 def improbability(losses: jax.Array) -> jax.Array:
     """Returns 1 − exp(−loss), exact where the loss is small, and so are its derivatives."""
     near, small, far = _parts(losses)
@@ -121,6 +137,7 @@ def improbability(losses: jax.Array) -> jax.Array:
 
 
 @jax.jit
+@keep_nan
 def _focal(losses, gamma):
     """Returns loss^(γ + 1) · ((1 − p) / loss)^γ, or (1 − p)^γ · loss where the loss is large.
 
@@ -135,6 +152,7 @@ def _focal(losses, gamma):
 
 
 @jax.jit
+@keep_nan
 def _generalized(losses, q):
     """Returns loss · (1 − p^q) / (q · loss), or (1 − p^q) / q where q · loss is large."""
     is_finite = losses != jnp.inf

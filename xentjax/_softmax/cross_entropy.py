@@ -57,7 +57,6 @@ class CrossEntropy(Rule):
             of_logits = passes.gradient(whole, logits, mass, of_loss, of_lse, backend)
             if self.with_stats:
                 of_logits = of_logits + partial.entropy_gradient(whole, logits, of_stats[0])
-            of_logits = masked(of_logits, mask)
         if any(jax.tree.leaves(needs_grad[1])):
             of_mass = mass_cotangent(whole, logits, mass, of_loss)
         return of_logits, of_mass, mask
@@ -79,10 +78,12 @@ def mass_cotangent(
     whole: partial.PartialSoftmax, logits: jax.Array, mass: Mass, loss_cotangent: jax.Array
 ) -> Mass:
     """Returns loss_cotangent · ∂loss/∂t = loss_cotangent · (lse(z) − z), in the form of a mass."""
-    z = wide(logits)
+    wanted = partial.is_wanted(loss_cotangent)
+    z = partial.if_wanted(wanted, wide(logits))
+    m, leader_surprisal = masked((whole.max_logit, whole.leader_surprisal), wanted)
 
     def loss(mass):
-        return mass.excess(z, whole.max_logit) + mass.total() * whole.leader_surprisal
+        return mass.excess(z, m) + mass.total() * leader_surprisal
 
     own = meshes.varying(loss_cotangent, meshes.varying_axes((logits, mass)))
     return jax.vjp(loss, mass)[1](own)[0]

@@ -23,6 +23,7 @@ Where no class is possible, because all logits are −inf, m is the lowest finit
 is −1, so that Σ_v exp(z_v − m) = 1 + rest = 0 there.
 """
 
+import functools
 from collections.abc import Hashable
 from typing import NamedTuple, cast
 
@@ -158,7 +159,8 @@ def entropy_gradient(whole: PartialSoftmax, logits: jax.Array, cotangent: jax.Ar
     gaps = whole.max_logit[..., None] - z
     per_exponential = cotangent / (1 + whole.rest_or_zero)
     p = per_exponential[..., None] * exponentials(z, whole.max_logit)
-    return times(p, gaps - whole.mean_gap[..., None]).astype(logits.dtype)
+    entries = times(p, gaps - whole.mean_gap[..., None])
+    return if_wanted(is_wanted(cotangent), entries).astype(logits.dtype)
 
 
 class GradientTerms(NamedTuple):
@@ -166,7 +168,8 @@ class GradientTerms(NamedTuple):
 
     An entry is per_exponential · exponential − loss_cotangent · t_v. Where `leader_is_heavy`, which
     is p_a > 1/2, that of the leader is loss_cotangent · Σ_{v≠a} t_v + of_leader. `mass` is
-    loss_cotangent · Σ_v t_v.
+    loss_cotangent · Σ_v t_v. Where nothing depends on the example, it is not `wanted`, and all its
+    entries are 0.
     """
 
     loss_cotangent: jax.Array
@@ -174,6 +177,7 @@ class GradientTerms(NamedTuple):
     per_exponential: jax.Array
     of_leader: jax.Array
     leader_is_heavy: jax.Array
+    wanted: jax.Array
 
 
 def gradient_terms(
@@ -189,7 +193,20 @@ def gradient_terms(
         (mass + lse_cotangent) * p_of_leader,
         lse_cotangent * p_of_leader - mass * (rest * p_of_leader),
         (whole.rest >= 0) & (whole.rest < 1),
+        is_wanted(loss_cotangent, lse_cotangent),
     )
+
+
+def is_wanted(*cotangents: jax.Array) -> jax.Array:
+    """Returns whether anything depends on an example, [...]: one of its cotangents is not 0."""
+    wanted = functools.reduce(jnp.logical_or, [cotangent != 0 for cotangent in cotangents])
+    # A number of its own: XLA would find it again for each class (jaxlib 0.10.2).
+    return jax.lax.optimization_barrier(wanted)
+
+
+def if_wanted(wanted: jax.Array, entries: jax.Array) -> jax.Array:
+    """Returns entries [..., V], and 0 for examples that nothing depends on: 0 · NaN = 0."""
+    return jnp.where(wanted[..., None], entries, jnp.zeros_like(entries))
 
 
 def scaled(cotangent: jax.Array, mass: jax.Array) -> jax.Array:

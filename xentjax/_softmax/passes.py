@@ -27,6 +27,7 @@ from xentjax._softmax.partial import (
     PartialSoftmax,
     exponentials,
     gradient_terms,
+    if_wanted,
     scaled,
 )
 from xentjax._targets.mass import (
@@ -222,7 +223,8 @@ def gradient(
         # A float knows T to half an ulp, and so T − t_v: the target says no more of the rest.
         of_leader = (terms.mass[..., None] - density) + terms.of_leader[..., None]
         entries = jnp.where(leads, of_leader, terms.per_exponential[..., None] * e - density)
-        return _less_points(entries, terms, mass).astype(logits.dtype)
+        entries = _less_points(entries, terms, mass)
+        return if_wanted(terms.wanted, entries).astype(logits.dtype)
     indices, weights = mass.points
     c, entry = _entry_of_leader(terms, whole, logits, mass)
     e = _exponentials(own_logits, own_m, c, kept, backend) if kept else exponentials(z, own_m)
@@ -232,8 +234,10 @@ def gradient(
     if indices.shape[-1] > 1:
         entries = _add_points(entries, indices, -scaled(terms.loss_cotangent[..., None], weights))
     if indices.shape[-1] > MAX_COMPARED_POINTS:
-        return set_at(entries, c, entry).astype(logits.dtype)
-    return jnp.where(is_class(c, z), entry[..., None], entries).astype(logits.dtype)
+        entries = set_at(entries, c, entry)
+    else:
+        entries = jnp.where(is_class(c, z), entry[..., None], entries)
+    return if_wanted(terms.wanted, entries).astype(logits.dtype)
 
 
 def _add_points(entries, indices, values):
