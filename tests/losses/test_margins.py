@@ -128,3 +128,12 @@ def test_an_angle_of_0_and_a_cosine_past_1_have_a_finite_gradient():
     want = 2 * (1 - np.cos(0.5)) + 2 * 0.5 * np.sin(0.5)
     np.testing.assert_allclose(margins, want, rtol=1e-5)
     assert np.isfinite(gradient).all()
+
+
+@pytest.mark.parametrize("face", [xentjax.additive_margin, xentjax.angular_margin])
+def test_a_nan_stays_and_has_no_gradient_where_it_is_masked(face):
+    numbers, keep = np.float32([np.nan, 0.25]), np.array([False, True])
+    out, pull_back = jax.vjp(lambda x: face(x, 0.5), numbers)
+    np.testing.assert_array_equal(np.isnan(out), ~keep)
+    (gradient,) = pull_back(jnp.float32(keep))
+    np.testing.assert_array_equal(gradient, [0, jax.grad(face)(numbers[1], 0.5)])

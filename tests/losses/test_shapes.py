@@ -103,9 +103,13 @@ def test_slope_in_q_of_the_generalized_loss(q):
     np.testing.assert_allclose(slopes, np.array(wanted, float), rtol=3e-6)
 
 
-def test_a_nan_stays():
+def test_a_nan_stays_and_has_no_gradient_where_it_is_masked():
+    losses, keep = np.float32([np.nan, 0.5]), np.array([False, True])
     for shape, _ in SHAPES.values():
-        assert np.isnan(shape(np.float32(np.nan)))
+        shaped, pull_back = jax.vjp(shape, losses)
+        np.testing.assert_array_equal(np.isnan(shaped), ~keep)
+        (gradient,) = pull_back(jnp.float32(keep))
+        np.testing.assert_array_equal(gradient, [0, jax.grad(shape)(losses[1])])
 
 
 def test_every_mode_after_a_softmax():
