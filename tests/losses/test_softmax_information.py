@@ -309,3 +309,19 @@ def test_js_divergence_of_impossible_classes_and_its_limits():
     np.testing.assert_allclose(of_logits, xentjax.js_divergence(p, q, base=2), rtol=1e-6)
     small = xentjax.softmax_js_divergence(jnp.log(p), jnp.log(q), beta=1e-4) / 1e-4
     np.testing.assert_allclose(small, xentjax.kl_divergence(p, q), rtol=1e-3)
+
+
+@pytest.mark.parametrize("place", [(1, 2), (1, slice(None))], ids=str)
+@pytest.mark.parametrize("spoiled", [0, 1])
+@pytest.mark.parametrize(
+    "divergence", [xentjax.softmax_kl_divergence, xentjax.softmax_js_divergence]
+)
+def test_a_nan_of_either_is_in_the_whole_row_and_in_no_other(divergence, spoiled, place):
+    logits = np.random.default_rng(0).standard_normal((2, 3, 5)).astype(np.float32)
+    logits[spoiled][place] = np.nan
+    losses, pull_back = jax.vjp(divergence, *logits)
+    gradients = pull_back(jnp.ones_like(losses))
+    rows = np.array([False, True, False])
+    np.testing.assert_array_equal(np.isnan(losses), rows)
+    for gradient in gradients:
+        np.testing.assert_array_equal(np.isnan(gradient), np.broadcast_to(rows[:, None], (3, 5)))

@@ -4,7 +4,7 @@ With d_v = q_logits − p_logits less its mean under p (over classes that are po
 so that Σ p_v · d_v = 0:
 
     KL = log Σ_v p_v · exp(d_v) = log1p(Σ_v p_v · g(d_v)),   g(d) = exp(d) − 1 − d ≥ 0
-    ∂KL/∂p_logits = −p_v · d_v,   ∂KL/∂q_logits = q_v − p_v = p_v · expm1(d_v − KL)
+    ∂KL/∂p_logits = −p_v · d_v,   ∂KL/∂q_logits = q_v − p_v = p_v · expm1(d_v − KL) if q is near p
 
 With u_v = log(q_v / p_v) = d_v − KL, and m = β · p + (1 − β) · q:
 
@@ -64,7 +64,8 @@ class KLParts(NamedTuple):
     """Arrays of the logits' shape, or with axes of length 1 where there were classes.
 
     Attributes:
-      p: softmax(p_logits).
+      p: softmax(p_logits); 0 where no class is possible.
+      q: softmax(q_logits), likewise.
       d: q_logits − p_logits less its mean under p; 0 where p is 0.
       x: log(p · exp(d)) = log q + KL.
       finite_divergence: The divergence but for classes that are impossible under q alone.
@@ -73,6 +74,7 @@ class KLParts(NamedTuple):
     """
 
     p: jax.Array
+    q: jax.Array
     d: jax.Array
     x: jax.Array
     finite_divergence: jax.Array
@@ -82,9 +84,9 @@ class KLParts(NamedTuple):
     def q_less_p(self) -> jax.Array:
         """Returns q − p, to full relative precision where q is near p."""
         growth = self.d - self.finite_divergence
-        near = (jnp.abs(growth) < 1) & (self.p > 0) & (self.x > -jnp.inf)
+        near = (jnp.abs(growth) < 1) & (self.finite_divergence < 1) & (self.p > 0) & (self.q > 0)
         close = self.p * jnp.expm1(jnp.where(near, growth, 0))
-        return jnp.where(near, close, jnp.exp(self.x - self.finite_divergence) - self.p)
+        return jnp.where(near, close, self.q - self.p)
 
 
 def kl_parts(a, b, axes):
@@ -101,6 +103,9 @@ def kl_parts(a, b, axes):
     exponentials = jnp.exp(a - a_top)
     normalizer = jnp.where(empty, 1, total(exponentials))
     p = exponentials / normalizer
+    q_top = jax.lax.stop_gradient(largest(b))
+    exponentials = jnp.exp(b - jnp.where(q_top == -jnp.inf, 0, q_top))
+    q = exponentials / jnp.where(q_top == -jnp.inf, 1, total(exponentials))
 
     # d is exact where q_logits are near p_logits, by whatever constant they differ.
     impossible = p == 0
@@ -124,7 +129,7 @@ def kl_parts(a, b, axes):
     finite = jnp.where(is_large, large, arithmetic.log1p(small))
     finite = jnp.where(empty, 0, finite)
     infinite = jnp.any(~impossible & (b == -jnp.inf), axis=axes, keepdims=True)
-    return KLParts(p, d, x, finite, jnp.where(infinite, jnp.inf, finite), empty)
+    return KLParts(p, q, d, x, finite, jnp.where(infinite, jnp.inf, finite), empty)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,7 +182,10 @@ class _JSParts(NamedTuple):
 def _js_parts(a, b, axes, beta):
     """Returns the _JSParts of p_logits a and q_logits b, whose classes are on `axes`."""
     parts = kl_parts(a, b, axes)
-    p, q = parts.p, jnp.where(parts.empty, 0, jnp.exp(parts.x - parts.finite_divergence))
+    # A NaN among the logits of either is NaN in both.
+    is_nan = jnp.isnan(parts.finite_divergence)
+    p = jnp.where(is_nan, jnp.nan, parts.p)
+    q = jnp.where(is_nan, jnp.nan, jnp.where(parts.empty, 0, parts.q))
     both = (p > 0) & (q > 0)
     u = jnp.where(both, parts.d - parts.finite_divergence, 0)
     log_p_over_m = -_log_mean_exp(1 - beta, u)
