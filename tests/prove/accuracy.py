@@ -734,8 +734,8 @@ An error counts in the ulps of the truth itself, with these exceptions. An entry
 that is a difference by the problem's own nature counts in the ulps of the sum: T · p + t for
 smoothed and dense targets, p · (surprisal + entropy) for the entropy, Σ |terms| for the head's
 gradient to its inputs. The divergence's q − p counts in those of max(p, q), times the largest |log
-p − log q| of the row where that is below 1. A truth below the smallest normal number of the arithmetic is met by
-any number below it, since XLA's CPU code makes 0 of those (jaxlib 0.10.2).
+p − log q| of the row where that is below 1. A truth below the smallest normal number of the
+arithmetic is met by any number below it, since XLA's CPU code makes 0 of those (jaxlib 0.10.2).
 
 Every contender gets the same numbers and is called as its users call it. In bfloat16 and float16
 the others compute and return in that dtype, hence their large errors there. A contender without a
