@@ -47,6 +47,14 @@ def test_temperature_is_the_minimum_for_targets_of_every_form():
             np.testing.assert_allclose(fit(Z, targets), best(Z, dense), rtol=1e-6)
 
 
+def test_temperature_where_classes_are_impossible():
+    """A logit of −∞ is one that is far below the others, at any temperature."""
+    ruled_out = (np.arange(6) % 3 == np.arange(40)[:, None] % 3) & (ONE_HOT == 0)
+    with jax.enable_x64(True):
+        got = fit(np.where(ruled_out, -np.inf, Z), GUESS)
+        np.testing.assert_allclose(got, best(np.where(ruled_out, -1e6, Z), ONE_HOT), rtol=1e-6)
+
+
 def test_temperature_follows_the_scale_of_the_logits():
     """And float32 finds it to a few ulp, however large or small they are."""
     with jax.enable_x64(True):
@@ -133,6 +141,10 @@ def test_expected_calibration_error_is_that_of_the_loop():
         for bins in (1, 7, 15):
             got = xentjax.expected_calibration_error(Z, GUESS, num_bins=bins)
             np.testing.assert_allclose(got, calibration_error(Z, GUESS, bins), rtol=1e-12)
+        unsure = Z / 10  # The first of two bins has some of these, and so has the second.
+        bins = xentjax.reliability_bins(unsure, GUESS, num_bins=2)
+        is_sure = softmax(unsure, -1).max(-1) > 0.5
+        np.testing.assert_array_equal(bins.count, [(~is_sure).sum(), is_sure.sum()])
         masked = xentjax.expected_calibration_error(Z, GUESS, where=MASK)
         np.testing.assert_allclose(masked, calibration_error(Z[MASK], GUESS[MASK], 15), rtol=1e-12)
         other = xentjax.expected_calibration_error(Z.T, GUESS, axis=0)

@@ -99,6 +99,25 @@ def test_statistics_are_those_of_one_device(form, is_head):
 
 
 @pytest.mark.usefixtures("_float64")
+def test_second_derivatives_of_the_entropy_are_those_of_one_device():
+    logits, labels = jnp.asarray(INPUTS @ KERNEL + BIAS), np.array([0, 5, 9, 15])
+    sharded = jax.shard_map(
+        functools.partial(
+            xentjax.vocab_parallel_softmax_cross_entropy_with_stats, axis_name="model"
+        ),
+        mesh=make_mesh((4,), ("model",)),
+        in_specs=(P(None, "model"), P()),
+        out_specs=P(),
+    )
+
+    def product(loss_and_stats):
+        gradient = jax.grad(lambda z: (loss_and_stats(z, labels)[1].entropy ** 2).sum())
+        return jit(lambda z: jax.jvp(gradient, (z,), (z[::-1],))[1])(logits)
+
+    assert_close(product(sharded), product(xentjax.softmax_cross_entropy_with_stats))
+
+
+@pytest.mark.usefixtures("_float64")
 @pytest.mark.parametrize("reduction", ["sum", "none"])
 def test_a_teacher_a_class_mask_and_a_z_loss(reduction):
     mesh, teacher = make_mesh((2, 4), ("data", "model")), RNG.normal(size=(2, CLASSES))

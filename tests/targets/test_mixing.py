@@ -275,6 +275,12 @@ def test_cutmix_of_channels_first_is_that_of_channels_last():
         jax.tree.map(np.testing.assert_array_equal, same, targets)
 
 
+@pytest.mark.parametrize("image_axes", [(1, 2, 3), (1,), 2])
+def test_cutmix_needs_two_image_axes(image_axes):
+    with pytest.raises(TypeError, match="image_axes: expected two ints"):
+        xentjax.cutmix(KEY, IMAGES, LABELS, 1.0, image_axes=image_axes)
+
+
 @EACH
 def test_cutmix_pastes_label_maps_by_the_box(each):
     """Ignored pixels too: their mask is pasted by the same key."""

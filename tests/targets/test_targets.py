@@ -493,6 +493,7 @@ def test_label_outside_the_classes_makes_its_row_nan(bad):
                 dense = np.isnan(xentjax.dense_targets(form, CLASSES))
                 np.testing.assert_array_equal(dense.all(-1), [False, True, False])
                 np.testing.assert_array_equal(dense.any(-1), [False, True, False])
+            np.testing.assert_array_equal(reweight(targets, CLASS_WEIGHTS).weights[1], [1])
             losses = xentjax.softmax_cross_entropy(np.zeros((3, CLASSES), np.float32), mixed)
             np.testing.assert_array_equal(np.isnan(losses), [False, True, False])
 

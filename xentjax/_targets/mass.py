@@ -52,19 +52,16 @@ def times(mass: jax.Array, cost: jax.Array) -> jax.Array:
     return mass * jnp.where((mass == 0) & jnp.isposinf(cost), jnp.zeros_like(cost), cost)
 
 
-def sum_of_costs(
-    mass: jax.Array, logits: jax.Array, top: jax.Array, add: SumOverClasses
-) -> jax.Array:
-    """Returns Σ_v mass_v · (top − z_v) with 0 · inf = 0, [...], by arithmetic alone; z_v ≤ top.
+def sum_of_costs(mass: jax.Array, gaps: jax.Array, add: SumOverClasses) -> jax.Array:
+    """Returns Σ_v mass_v · gaps_v with 0 · inf = 0, [...], by arithmetic alone; gaps_v ≥ 0.
 
     It is not made to be differentiated.
     """
-    gaps = top[..., None] - logits.astype(top.dtype)
     largest = jnp.asarray(jnp.finfo(gaps.dtype).max, gaps.dtype)
-    # Above 1, or 0 where there is no mass. XLA would multiply two constants first, and 0 · inf is
-    # NaN: so the second factor is none, though it is `largest`, or inf if top is.
-    scaled = mass * largest
-    most = scaled * scaled * jnp.maximum(top, largest)[..., None]  # inf, or 0.
+    # Above 1, or 0 where there is no mass. The minimum keeps XLA from multiplying the constants of
+    # both lines first: 0 · inf is NaN.
+    scaled = jnp.minimum(mass * largest, largest)
+    most = scaled * scaled * largest  # inf, or 0.
     return add(mass * jnp.minimum(gaps, most))
 
 
@@ -145,10 +142,9 @@ class DenseMass:
         With `add`, a backend's sum, top is the largest logit, and no derivative is taken.
         """
         del with_derivative
-        masses = self.masses
+        masses, gaps = self.masses, top[..., None] - logits.astype(top.dtype)
         if add is not None:
-            return sum_of_costs(masses, logits, top, add)
-        gaps = top[..., None] - logits.astype(top.dtype)
+            return sum_of_costs(masses, gaps, add)
         if without is not None:
             masses = jnp.where(is_class(without, masses), jnp.zeros_like(masses), masses)
         return times(masses, gaps).sum(-1)
@@ -242,13 +238,13 @@ class SparseMass:
         total = times(weights, own_gaps).sum(-1)
         if self.background_mass is None:
             return total
-        if add is not None and self.prior is not None:
-            return total + sum_of_costs(cast(jax.Array, self.density()), logits, top, add)
         gaps = top[..., None] - logits.astype(top.dtype)
         if without is not None:
             gaps = jnp.where(is_class(without, gaps), jnp.zeros_like(gaps), gaps)
         if self.prior is None:
             return total + times(self._uniform(1), (add or sum_over_classes)(gaps))
+        if add is not None:
+            return total + sum_of_costs(cast(jax.Array, self.density()), gaps, add)
         for b in range(self.prior.shape[0]):
             prior = jnp.broadcast_to(self._of_batch(self.prior[b]), gaps.shape)
             total = total + times(self.background_mass[..., b], times(prior, gaps).sum(-1))
