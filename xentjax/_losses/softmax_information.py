@@ -48,8 +48,13 @@ def softmax_surprisal(
     """
     logits, axes = arguments.as_logits("logits", logits, axis)
     value_checks.check_logits(logits, None)
+    run = functools.partial(_surprisals, axes=axes)
+    return arguments.in_base(meshes.on_automatic_axes(run, logits, ())(logits), base)
+
+
+def _surprisals(logits, axes):
     surprisals = reference.surprisals(arguments.classes_last(logits, axes))
-    return arguments.in_base(arguments.classes_back(surprisals, logits.shape, axes), base)
+    return arguments.classes_back(surprisals, logits.shape, axes)
 
 
 def softmax_entropy(

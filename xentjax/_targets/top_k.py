@@ -114,7 +114,8 @@ def teacher_targets(
     checks.check_floating("log_probabilities", logs)
     checks.check_shape("log_probabilities", logs, indices.shape, "that of indices")
     _check_tail(tail)
-    return _stored(indices, logs, tail)
+    run = functools.partial(_stored, tail=tail)
+    return _mesh.on_automatic_axes(run, indices, (indices.ndim - 1,), logs)(indices, logs)
 
 
 def as_logits(logits: ArrayLike) -> jax.Array:
