@@ -179,6 +179,9 @@ FUNCTIONS = {
         z, 2 * z, beta=0.25, where=keep
     ),
     "target_entropy": lambda z, t, keep: xj.target_entropy(xj.mix_targets(t, p(z), 0.5), CLASSES),
+    "target_entropy of weighted labels": lambda z, t, keep: xj.target_entropy(
+        xj.reweight_targets(xj.smooth_labels(t, jnp.asarray(0.1, z.dtype)), (z**2).sum(0)), CLASSES
+    ),
     "target_kl_divergence": lambda z, t, keep: xj.target_kl_divergence(z, t, where=keep),
 }
 TRANSFORMS = {
@@ -338,7 +341,13 @@ def test_arrays_split_over_devices(case):
 
     with jax.set_mesh(mesh):
         args = jax.tree.map(place, (Z, form(form_name), KEEP))
-        assert_same(jit(value_and_gradient(name))(*args), plain_result(name, form_name))
+        answer = jit(value_and_gradient(name))(*args)
+    assert_same(answer, plain_result(name, form_name))
+    if axis_type == EXPLICIT:  # Each example stays on its devices, and its gradient is split as it.
+        losses, gradient = answer
+        assert gradient.sharding.spec == P(*spec, *[None] * (2 - len(spec)))
+        if jnp.shape(losses) == (BATCH,) and name != "class_balanced_weights":  # One per class.
+            assert losses.sharding.spec == P("data")
 
 
 @pytest.mark.parametrize(

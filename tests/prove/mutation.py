@@ -117,13 +117,14 @@ TARGETS = (
     "tests/targets/test_targets.py::test_size_grows_no_more_than_it_must",
     "tests/targets/test_targets.py::test_operations_nest_in_any_order",
 )
+ON_A_MESH = ("tests/package/test_walk.py::test_arrays_split_over_devices",)
 FILES = {
     "_jax/arithmetic.py": (
         "tests/jax_helpers/test_arithmetic.py",
         "tests/losses/test_information.py::test_derivatives_at_small_probabilities",
     ),
     "_losses/calibration.py": ("tests/losses/test_calibration.py",),
-    "_losses/contrast.py": ("tests/losses/test_contrast.py",),
+    "_losses/contrast.py": ("tests/losses/test_contrast.py", *ON_A_MESH),
     "_losses/curvature.py": ("tests/losses/test_curvature.py",),
     "_losses/divergence.py": (
         "tests/losses/test_softmax_information.py",
@@ -139,6 +140,7 @@ FILES = {
         *HEAD,
         *HEAD_DEVICES,
         *STATS,
+        *ON_A_MESH,
     ),
     "_losses/margins.py": ("tests/losses/test_margins.py",),
     "_losses/reduction.py": (
@@ -150,7 +152,7 @@ FILES = {
     "_losses/softmax.py": (*SOFTMAX, *STATS),
     "_losses/softmax_information.py": ("tests/losses/test_softmax_information.py",),
     "_losses/stats.py": (*SOFTMAX[:8], *STATS),
-    "_losses/target_information.py": ("tests/losses/test_target_information.py",),
+    "_losses/target_information.py": ("tests/losses/test_target_information.py", *ON_A_MESH),
     "_softmax/cross_entropy.py": (*SOFTMAX, *DEVICES, *DEVICES_TWICE),
     "_softmax/head_blocks.py": (*HEAD, *HEAD_TWICE, *HEAD_DEVICES),
     "_softmax/head_buckets.py": ("tests/losses/test_buckets.py",),
