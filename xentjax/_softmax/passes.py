@@ -223,21 +223,20 @@ def gradient(
         # A float knows T to half an ulp, and so T − t_v: the target says no more of the rest.
         of_leader = (terms.mass[..., None] - density) + terms.of_leader[..., None]
         entries = jnp.where(leads, of_leader, terms.per_exponential[..., None] * e - density)
-        entries = _less_points(entries, terms, mass)
-        return if_wanted(terms.wanted, entries).astype(logits.dtype)
+        entries = _less_points(if_wanted(terms.wanted, entries), terms, mass)
+        return entries.astype(logits.dtype)
     indices, weights = mass.points
     c, entry = _entry_of_leader(terms, whole, logits, mass)
     e = _exponentials(own_logits, own_m, c, kept, backend) if kept else exponentials(z, own_m)
     entries, density = terms.per_exponential[..., None] * e, mass.density()
     if density is not None:
         entries = entries - scaled(terms.loss_cotangent[..., None], density)
+    entries = if_wanted(terms.wanted, entries)
     if indices.shape[-1] > 1:
         entries = _add_points(entries, indices, -scaled(terms.loss_cotangent[..., None], weights))
     if indices.shape[-1] > MAX_COMPARED_POINTS:
-        entries = set_at(entries, c, entry)
-    else:
-        entries = jnp.where(is_class(c, z), entry[..., None], entries)
-    return if_wanted(terms.wanted, entries).astype(logits.dtype)
+        return set_at(entries, c, entry).astype(logits.dtype)
+    return jnp.where(is_class(c, z), entry[..., None], entries).astype(logits.dtype)
 
 
 def _add_points(entries, indices, values):
@@ -269,4 +268,5 @@ def _entry_of_leader(terms: GradientTerms, whole: PartialSoftmax, logits, mass: 
     entry = p - scaled(terms.loss_cotangent, held)
     leads = (z == whole.max_logit) & terms.leader_is_heavy
     of_rest = scaled(terms.loss_cotangent, cast(jax.Array, whole.mass_of_rest))
-    return c, jax.lax.select(leads, of_rest + terms.of_leader, entry)
+    entry = jax.lax.select(leads, of_rest + terms.of_leader, entry)
+    return c, jnp.where(terms.wanted, entry, jnp.zeros_like(entry))
