@@ -15,7 +15,7 @@ from xentjax._losses import arguments
 from xentjax._losses.reduction import weighted_mean
 from xentjax._losses.softmax import prepared, softmax_cross_entropy
 from xentjax._softmax import reference
-from xentjax._softmax.cross_entropy import masked
+from xentjax._softmax.partial import masked
 from xentjax._targets.types import Targets
 
 

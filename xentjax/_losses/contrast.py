@@ -18,7 +18,7 @@ from xentjax._jax.mesh import AxisName
 from xentjax._losses import logit_transform
 from xentjax._losses.linear import linear_softmax_cross_entropy
 from xentjax._softmax import reference
-from xentjax._softmax.cross_entropy import masked
+from xentjax._softmax.partial import masked
 from xentjax._targets.mass import DenseMass
 
 ROWS = 256

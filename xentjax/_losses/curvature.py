@@ -11,7 +11,7 @@ from xentjax._jax import mesh as meshes
 from xentjax._losses import arguments
 from xentjax._losses.softmax import prepared
 from xentjax._softmax import reference
-from xentjax._softmax.cross_entropy import masked
+from xentjax._softmax.partial import masked
 from xentjax._targets.mass import at_class, is_class
 from xentjax._targets.types import Targets
 

@@ -94,18 +94,19 @@ def kl_parts(a, b, axes):
     total = functools.partial(jnp.sum, axis=axes, keepdims=True)
     largest = functools.partial(jnp.max, axis=axes, keepdims=True)
 
+    def softmax(z):
+        top = jax.lax.stop_gradient(largest(z))
+        empty = top == -jnp.inf
+        top = jnp.where(empty, 0, top)
+        exponentials = jnp.exp(z - top)
+        normalizer = jnp.where(empty, 1, total(exponentials))
+        return exponentials / normalizer, top, normalizer, empty
+
     # Both in units in which p's leading class has logit 0. These are constants, which cancel.
-    a_top = jax.lax.stop_gradient(largest(a))
-    empty = a_top == -jnp.inf
-    a_top = jnp.where(empty, 0, a_top)
+    p, a_top, normalizer, empty = softmax(a)
+    q, *_ = softmax(b)
     b_top = largest(jnp.where(a == a_top, jax.lax.stop_gradient(b), -jnp.inf))
     b_top = jnp.where(jnp.isfinite(b_top), b_top, 0)
-    exponentials = jnp.exp(a - a_top)
-    normalizer = jnp.where(empty, 1, total(exponentials))
-    p = exponentials / normalizer
-    q_top = jax.lax.stop_gradient(largest(b))
-    exponentials = jnp.exp(b - jnp.where(q_top == -jnp.inf, 0, q_top))
-    q = exponentials / jnp.where(q_top == -jnp.inf, 1, total(exponentials))
 
     # d is exact where q_logits are near p_logits, by whatever constant they differ.
     impossible = p == 0

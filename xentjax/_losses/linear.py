@@ -17,12 +17,12 @@ from xentjax._jax.rule import apply
 from xentjax._losses import arguments, linear_targets, stats
 from xentjax._losses.logit_transform import LogitTransform, converted
 from xentjax._losses.stats import SoftmaxStats
-from xentjax._softmax.cross_entropy import masked
 from xentjax._softmax.head_blocks import Head, Params, num_classes_of
 from xentjax._softmax.head_kept import Coefficients, HeadTotal
 from xentjax._softmax.head_plan import ACCELERATOR, HeadPlan, Sizes, make_plan
 from xentjax._softmax.head_recomputed import HeadLosses
 from xentjax._softmax.head_teacher import HeadMass, TeacherMass
+from xentjax._softmax.partial import masked
 from xentjax._targets.linear import LinearTargets
 from xentjax._targets.mass import DenseMass, map_examples, times
 from xentjax._targets.types import Targets

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 from xentjax._jax import checks
 from xentjax._losses import stats
 from xentjax._softmax import head_teacher as teacher
-from xentjax._softmax.cross_entropy import masked
 from xentjax._softmax.head_blocks import Head, Params, identity
 from xentjax._softmax.head_plan import HeadPlan
 from xentjax._softmax.head_teacher import TeacherMass
+from xentjax._softmax.partial import masked
 from xentjax._targets.linear import LinearTargets
 
 

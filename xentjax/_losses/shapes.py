@@ -7,6 +7,7 @@ classes alike, and differentiates as it stands.
 
 import functools
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -114,7 +115,7 @@ def generalized(losses: ArrayLike, q: ArrayLike) -> Float[Array, "*shape"]:
     return _generalized(losses, q)
 
 
-def keep_nan(shape):
+def keep_nan(shape: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
     """Returns a shape of losses that takes NaN to NaN with the slope 1.
 
     A loss that only the mean masks has no gradient then: 0 · NaN would be NaN.

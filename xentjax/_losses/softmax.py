@@ -13,7 +13,8 @@ from xentjax._jax.dtypes import wide, wide_dtype
 from xentjax._jax.rule import apply
 from xentjax._losses import arguments, stats
 from xentjax._losses.stats import SoftmaxStats
-from xentjax._softmax.cross_entropy import CrossEntropy, Entropy, masked
+from xentjax._softmax.cross_entropy import CrossEntropy, Entropy
+from xentjax._softmax.partial import masked
 from xentjax._targets.mass import Mass
 from xentjax._targets.types import Targets
 

@@ -15,7 +15,7 @@ from xentjax._losses import arguments
 from xentjax._losses.divergence import kl_parts
 from xentjax._losses.softmax import prepared
 from xentjax._softmax import reference
-from xentjax._softmax.cross_entropy import masked
+from xentjax._softmax.partial import masked
 from xentjax._targets import mass as masses
 from xentjax._targets import transforms, types
 from xentjax._targets.mass import times

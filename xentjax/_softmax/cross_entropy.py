@@ -10,6 +10,7 @@ from xentjax._jax import mesh as meshes
 from xentjax._jax.dtypes import wide
 from xentjax._jax.rule import Rule
 from xentjax._softmax import partial, passes, reference
+from xentjax._softmax.partial import masked
 from xentjax._targets.mass import Mass
 
 
@@ -62,25 +63,12 @@ class CrossEntropy(Rule):
         return of_logits, of_mass, mask
 
 
-def masked(tree, mask):
-    """Returns arrays [...] or [..., V] with 0 in the examples masked out."""
-    if mask is None:
-        return tree
-
-    def keep(x):
-        wide_mask = mask.reshape(mask.shape + (1,) * (x.ndim - mask.ndim))
-        return jnp.where(wide_mask, x, jnp.zeros_like(x))
-
-    return jax.tree.map(keep, tree)
-
-
 def mass_cotangent(
     whole: partial.PartialSoftmax, logits: jax.Array, mass: Mass, loss_cotangent: jax.Array
 ) -> Mass:
     """Returns loss_cotangent · ∂loss/∂t = loss_cotangent · (lse(z) − z), in the form of a mass."""
-    wanted = partial.is_wanted(loss_cotangent)
-    z = partial.if_wanted(wanted, wide(logits))
-    m, leader_surprisal = masked((whole.max_logit, whole.leader_surprisal), wanted)
+    known = wide(logits), whole.max_logit, whole.leader_surprisal
+    z, m, leader_surprisal = masked(known, partial.is_wanted(loss_cotangent))
 
     def loss(mass):
         return mass.excess(z, m) + mass.total() * leader_surprisal

@@ -17,9 +17,9 @@ from xentjax._softmax import head_blocks as blocks
 from xentjax._softmax import head_recomputed as recomputed
 from xentjax._softmax import head_reference, partial, passes
 from xentjax._softmax import head_teacher as teacher
-from xentjax._softmax.cross_entropy import masked
 from xentjax._softmax.head_blocks import Head, Params, TokenGradient
 from xentjax._softmax.head_teacher import HeadMass
+from xentjax._softmax.partial import masked
 from xentjax._targets.mass import times
 
 LARGEST_FLOAT16_COTANGENT = 64

@@ -16,10 +16,9 @@ from xentjax._jax.rule import Backend, Rule
 from xentjax._softmax import head_blocks as blocks
 from xentjax._softmax import head_reference, partial, passes
 from xentjax._softmax import head_teacher as teacher
-from xentjax._softmax.cross_entropy import masked
 from xentjax._softmax.head_blocks import Head, Params, TokenGradient
 from xentjax._softmax.head_teacher import HeadMass, TeacherMass
-from xentjax._softmax.partial import PartialSoftmax
+from xentjax._softmax.partial import PartialSoftmax, masked
 from xentjax._targets.mass import at_class
 from xentjax._targets.types import is_valid
 

@@ -160,7 +160,7 @@ def entropy_gradient(whole: PartialSoftmax, logits: jax.Array, cotangent: jax.Ar
     per_exponential = cotangent / (1 + whole.rest_or_zero)
     p = per_exponential[..., None] * exponentials(z, whole.max_logit)
     entries = times(p, gaps - whole.mean_gap[..., None])
-    return if_wanted(is_wanted(cotangent), entries).astype(logits.dtype)
+    return masked(entries, is_wanted(cotangent)).astype(logits.dtype)
 
 
 class GradientTerms(NamedTuple):
@@ -198,15 +198,25 @@ def gradient_terms(
 
 
 def is_wanted(*cotangents: jax.Array) -> jax.Array:
-    """Returns whether anything depends on an example, [...]: one of its cotangents is not 0."""
+    """Returns whether anything depends on an example, [...]: one of its cotangents is not 0.
+
+    Where none does, the gradient is 0, whatever the logits: 0 · NaN = 0.
+    """
     wanted = functools.reduce(jnp.logical_or, [cotangent != 0 for cotangent in cotangents])
     # A number of its own: XLA would find it again for each class (jaxlib 0.10.2).
     return jax.lax.optimization_barrier(wanted)
 
 
-def if_wanted(wanted: jax.Array, entries: jax.Array) -> jax.Array:
-    """Returns entries [..., V], and 0 for examples that nothing depends on: 0 · NaN = 0."""
-    return jnp.where(wanted[..., None], entries, jnp.zeros_like(entries))
+def masked(tree, mask):
+    """Returns arrays [...] or [..., V] with 0 in the examples masked out."""
+    if mask is None:
+        return tree
+
+    def keep(x):
+        wide_mask = mask.reshape(mask.shape + (1,) * (x.ndim - mask.ndim))
+        return jnp.where(wide_mask, x, jnp.zeros_like(x))
+
+    return jax.tree.map(keep, tree)
 
 
 def scaled(cotangent: jax.Array, mass: jax.Array) -> jax.Array:

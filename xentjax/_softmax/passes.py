@@ -27,7 +27,7 @@ from xentjax._softmax.partial import (
     PartialSoftmax,
     exponentials,
     gradient_terms,
-    if_wanted,
+    masked,
     scaled,
 )
 from xentjax._targets.mass import (
@@ -223,7 +223,7 @@ def gradient(
         # A float knows T to half an ulp, and so T − t_v: the target says no more of the rest.
         of_leader = (terms.mass[..., None] - density) + terms.of_leader[..., None]
         entries = jnp.where(leads, of_leader, terms.per_exponential[..., None] * e - density)
-        entries = _less_points(if_wanted(terms.wanted, entries), terms, mass)
+        entries = _less_points(masked(entries, terms.wanted), terms, mass)
         return entries.astype(logits.dtype)
     indices, weights = mass.points
     c, entry = _entry_of_leader(terms, whole, logits, mass)
@@ -231,7 +231,7 @@ def gradient(
     entries, density = terms.per_exponential[..., None] * e, mass.density()
     if density is not None:
         entries = entries - scaled(terms.loss_cotangent[..., None], density)
-    entries = if_wanted(terms.wanted, entries)
+    entries = masked(entries, terms.wanted)
     if indices.shape[-1] > 1:
         entries = _add_points(entries, indices, -scaled(terms.loss_cotangent[..., None], weights))
     if indices.shape[-1] > MAX_COMPARED_POINTS:
@@ -269,4 +269,4 @@ def _entry_of_leader(terms: GradientTerms, whole: PartialSoftmax, logits, mass: 
     leads = (z == whole.max_logit) & terms.leader_is_heavy
     of_rest = scaled(terms.loss_cotangent, cast(jax.Array, whole.mass_of_rest))
     entry = jax.lax.select(leads, of_rest + terms.of_leader, entry)
-    return c, jnp.where(terms.wanted, entry, jnp.zeros_like(entry))
+    return c, masked(entry, terms.wanted)
