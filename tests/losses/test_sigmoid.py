@@ -367,7 +367,7 @@ def test_binary_is_softmax_of_two_classes():
 # Masks.
 
 
-@pytest.mark.parametrize("junk", mainly([np.nan, np.inf, -np.inf, 255.0], np.nan, 255.0))
+@pytest.mark.parametrize("junk", mainly([np.nan, np.inf, -np.inf, 255.0], np.nan, -np.inf, 255.0))
 @pytest.mark.parametrize("name", LOSSES)
 def test_masked_elements_have_loss_and_gradient_0(name, junk):
     loss = getattr(xentjax, name)

@@ -324,8 +324,7 @@ def test_large_arrays_keep_their_dtype_under_x64(form_name, dtype):
             for axis_type in (EXPLICIT, AUTO)
             for spec in (P("data"), P("data", "model"))
         ],
-        *[(*case, EXPLICIT, P("data", "model")) for case in CORE],
-        *[(*case, EXPLICIT, P("data")) for case in CORE_OF_LOSSES],
+        *[(*case, EXPLICIT, spec) for case in CORE for spec in (P("data"), P("data", "model"))],
         *[(*case, AUTO, P("data")) for case in CORE_OF_LOSSES[::2]],  # XLA alone splits these.
     ),
     ids=str,
@@ -452,30 +451,56 @@ FROM_LOGITS = [
 ]
 
 
-@pytest.mark.parametrize(
-    "case",
-    [(name, "labels") for name in FROM_LOGITS]
-    + [("softmax_cross_entropy", name) for name in FORMS[1:]],
-    ids=str,
-)
-def test_nan_logits_that_the_mean_masks_have_the_gradient_0(case):
-    name, form_name = case
+OF_LOGITS = [(name, "labels") for name in FROM_LOGITS] + [
+    ("softmax_cross_entropy", name) for name in FORMS[1:]
+]
+
+
+def in_a_loop(function):
+    """In a scan of a vmap, of one batch."""
+
+    def looped(z, targets):
+        each = jax.vmap(function, in_axes=(0, None))
+        out = jax.lax.map(lambda z: each(z, targets), z[None, None])
+        return jax.tree.map(lambda x: x[0, 0], out)
+
+    return jit(looped)
+
+
+WAYS = {
+    "loop": (in_a_loop, jnp.float32, False),
+    "jit": (jit, jnp.float32, False),
+    "jit, bfloat16": (jit, jnp.bfloat16, False),
+    "jit, float16, strict, x64": (jit, jnp.float16, True),
+    "eager, strict, x64": (lambda f: f, jnp.float32, True),
+}
+
+
+@pytest.mark.parametrize("way", mainly(WAYS, "jit", "jit, float16, strict, x64"))
+@pytest.mark.parametrize("case", OF_LOGITS, ids=str)
+def test_nan_logits_that_the_mean_masks_have_the_gradient_0(case, way):
+    (name, form_name), (compiled, dtype, is_strict) = case, WAYS[way]
     t, every = form(form_name), np.ones(BATCH, bool)
 
-    def mean(z):
+    def mean(z, t):
         losses = FUNCTIONS[name](z, t, every)
-        where = jnp.broadcast_to(KEEP.reshape((BATCH,) + (1,) * (losses.ndim - 1)), losses.shape)
-        return xj.weighted_mean(losses, where=where)
+        where = KEEP.reshape((BATCH,) + (1,) * (losses.ndim - 1))
+        return xj.weighted_mean(losses, where=jnp.broadcast_to(where, losses.shape))
 
     spoiled = Z.copy()
     spoiled[~KEEP, 1] = np.nan
     spoiled[0] = np.nan
-    for dtype in (jnp.float32, jnp.bfloat16):
-        value, gradient = jit(jax.value_and_grad(mean))(jnp.asarray(spoiled, dtype))
-        want, gradient_of_rest = jit(jax.value_and_grad(mean))(jnp.asarray(Z, dtype))
-        assert value == want
-        np.testing.assert_array_equal(gradient[KEEP], gradient_of_rest[KEEP])
-        np.testing.assert_array_equal(gradient[~KEEP], 0)
+    bad = [(spoiled, t)]
+    if form_name == "labels":
+        bad.append((Z, np.where(KEEP, t, -100).astype(np.int32)))
+    with strictly(x64=True) if is_strict else contextlib.nullcontext():
+        function = compiled(jax.value_and_grad(mean))
+        want, gradient_of_rest = function(jnp.asarray(Z, dtype), t)
+        for z, targets in bad:
+            value, gradient = function(jnp.asarray(z, dtype), targets)
+            assert value == want
+            np.testing.assert_array_equal(gradient[KEEP], gradient_of_rest[KEEP])
+            np.testing.assert_array_equal(gradient[~KEEP], 0)
 
 
 MASKED_INSIDE = {"linear_softmax_cross_entropy", "softmax_cross_entropy of a class mask"}
